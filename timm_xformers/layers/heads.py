@@ -1,0 +1,253 @@
+"""What every mechanism shares: projections into heads, masks over keys, precision.
+
+`HeadsAttention` is timm's `Attention` with the softmax taken out: the same constructor arguments
+and parameter names (``qkv, q_norm, k_norm, norm, proj``), so that weights of exact attention load
+into every mechanism. A mechanism overrides `mix`, and adds what it needs beyond that.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["HeadsAttention", "attend", "key_bias", "key_padding", "refuse_causal", "working_dtype"]
+
+_logger = logging.getLogger(__name__)
+
+_EXACT_PARTS = frozenset({"qkv", "q_norm", "k_norm", "norm", "proj"})
+
+
+def working_dtype(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
+    """Type in which sums over tokens are safe.
+
+    float16 overflows at 65,504, which a sum of 1,025 features reaches; bfloat16 has float32's
+    range, so it is widened only where exponents need more than three digits (``wide``).
+    """
+    if dtype == torch.float16 or (wide and dtype == torch.bfloat16):
+        return torch.float32
+    return dtype
+
+
+def key_padding(attn_mask: Tensor | None, mechanism: str) -> Tensor | None:
+    """Read timm's ``attn_mask`` as a mask over keys: True where a key may be attended.
+
+    Args:
+        attn_mask: None, or broadcastable to (B, H, N, S) with one row for all queries, that is
+            (B, 1, 1, S): bool (True = attend) or additive float (0 = attend, -inf = never).
+        mechanism: Name for the message.
+
+    Returns:
+        None or bool (..., S, 1), aligned with keys (B, H, S, D).
+
+    Raises:
+        ValueError: The mask differs between queries.
+    """
+    if attn_mask is None:
+        return None
+    if attn_mask.dim() < 2 or attn_mask.shape[-2] != 1:
+        raise ValueError(
+            f"{mechanism} attention never forms the (N, N) map, so it cannot apply an attn_mask of "
+            f"shape {list(attn_mask.shape)}; pass one row for all queries, (B, 1, 1, N)."
+        )
+    if attn_mask.dtype == torch.bool:
+        keep = attn_mask
+    else:  # "never" is -inf or the type's lowest number; float16 ends at -65504
+        keep = attn_mask > (-3e4 if attn_mask.dtype == torch.float16 else -1e38)
+    return keep.transpose(-2, -1)
+
+
+def key_bias(attn_mask: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive form of a mask over keys.
+
+    Args:
+        attn_mask: As in `key_padding`, bool or additive.
+        keep: What `key_padding` made of it, (..., S, 1).
+        dtype: Floating type of the result.
+
+    Returns:
+        (..., S, 1): the mask's own finite values, -inf where a key is left out.
+    """
+    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    if attn_mask.dtype != torch.bool:
+        bias = attn_mask.transpose(-2, -1).to(dtype)
+    return bias.masked_fill(~keep, float("-inf"))
+
+
+def refuse_causal(is_causal: bool, mechanism: str) -> None:
+    """Raise where a mechanism mixes all tokens at once and cannot hide the future."""
+    if is_causal:
+        raise ValueError(
+            f"{mechanism} attention sees every token, so is_causal=True cannot be honoured; "
+            "use softmax, performer or local1d attention."
+        )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """Exact attention by PyTorch's fused kernels, zero for a query all of whose keys are masked.
+
+    The kernels disagree about such rows (zero, or not a number, depending on version and backend),
+    so they are opened before the call and cleared after it.
+
+    Args:
+        q: Queries (B, H, N, D).
+        k: Keys (B, H, S, D).
+        v: Values (B, H, S, E).
+        attn_mask: None, or broadcastable to (B, H, N, S): bool (True = attend) or additive.
+        dropout_p: Dropout probability on the map.
+        is_causal: Let a token see itself and earlier ones only; overrides ``attn_mask``, as in
+            timm.
+
+    Returns:
+        (B, H, N, E).
+    """
+    if attn_mask is None or is_causal:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+    if attn_mask.dtype == torch.bool:
+        alive = attn_mask.any(dim=-1, keepdim=True)
+        opened = attn_mask | ~alive
+    else:
+        alive = (attn_mask > float("-inf")).any(dim=-1, keepdim=True)
+        opened = attn_mask.masked_fill(~alive, 0.0).to(q.dtype)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=opened, dropout_p=dropout_p)
+    return x * alive
+
+
+class HeadsAttention(nn.Module):
+    """Projections around a mixing rule: tokens (B, N, C) to (B, N, dim_out).
+
+    Args:
+        dim: Token width C.
+        num_heads: Number of heads H.
+        attn_head_dim: Width D of a head; ``dim // num_heads`` if None.
+        dim_out: Width of the output; ``dim`` if None.
+        qkv_bias: Give the joint query, key and value projection a bias.
+        qk_norm: Normalise queries and keys per head with ``norm_layer``.
+        scale_norm: Normalise the mixed tokens before the output projection.
+        proj_bias: Give the output projection a bias.
+        attn_drop: Dropout probability on the attention map, where a mechanism has one.
+        proj_drop: Dropout probability after the output projection.
+        norm_layer: Constructor of the norms above.
+        device: Where to create the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``num_heads`` and no ``attn_head_dim`` is given, a
+            norm is asked for without ``norm_layer``, or ``attn_drop`` is set for a mechanism
+            without a map.
+    """
+
+    mechanism = "heads"
+    has_map = True
+    needs_fixed_grid = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(
+                f"dim={dim} is not a multiple of num_heads={num_heads}; change one, or give "
+                "attn_head_dim."
+            )
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError("qk_norm and scale_norm need a norm_layer; pass one, e.g. LayerNorm.")
+        if attn_drop > 0 and not self.has_map:
+            raise ValueError(
+                f"{self.mechanism} attention has no map to drop entries of, so "
+                f"attn_drop={attn_drop} cannot be honoured; use proj_drop."
+            )
+        self.num_heads = num_heads
+        self.head_dim = attn_head_dim or dim // num_heads
+        self.attn_dim = self.num_heads * self.head_dim
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        make_norm: Callable[..., nn.Module] = norm_layer or nn.Identity
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
+        self.q_norm = make_norm(self.head_dim, **dd) if qk_norm else nn.Identity()
+        self.k_norm = make_norm(self.head_dim, **dd) if qk_norm else nn.Identity()
+        # Rotary positions, if a model sets them (layers/rotary.py).
+        self.rope: nn.Module = nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = make_norm(self.attn_dim, **dd) if scale_norm else nn.Identity()
+        self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, C) to queries, keys and values, (B, H, N, D) each."""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
+        return q, k, v
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Queries, keys, values (B, H, N, D) to mixed values (B, H, N, D)."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            x: Tokens (B, N, C).
+            attn_mask: Bool (True = attend) or additive, broadcastable to (B, H, N, N). Mechanisms
+                that never form the map take one row for all queries, (B, 1, 1, N).
+            is_causal: Let a token see itself and earlier ones only.
+
+        Returns:
+            (B, N, dim_out).
+        """
+        B, N, _ = x.shape
+        q, k, v = self.split(x)
+        q, k = self.rope(self.q_norm(q)), self.rope(self.k_norm(k))
+        x = self.mix(q, k, v, attn_mask, is_causal)
+        x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
+        x = self.proj(self.norm(x))
+        return self.proj_drop(x)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A checkpoint of exact attention knows nothing of features, projections or residual
+        # convolutions: these keep their initial values, and the log says so. A checkpoint that
+        # holds some of them and lacks others is damaged, and fails as usual.
+        own = {
+            name: value
+            for name, value in self.state_dict().items()
+            if name.split(".")[0] not in _EXACT_PARTS
+        }
+        if own and prefix + "qkv.weight" in state_dict:
+            absent = [name for name in own if prefix + name not in state_dict]
+            if len(absent) == len(own):
+                _logger.warning(
+                    "The checkpoint has no %s for %s (%s attention); initial values are kept.",
+                    ", ".join(absent),
+                    prefix.rstrip(".") or "the layer",
+                    self.mechanism,
+                )
+                state_dict.update({prefix + name: own[name] for name in absent})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

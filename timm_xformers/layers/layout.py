@@ -1,0 +1,45 @@
+"""Tell attention layers how the tokens of their model lie.
+
+A layer in timm's attention slot is not told which tokens are class tokens and how many rows and
+columns the others form. Windows of the grid, sequence projections and rotary positions need it.
+"""
+
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+__all__ = ["NeedsLayout", "set_token_layout"]
+
+
+@runtime_checkable
+class NeedsLayout(Protocol):
+    """A layer that depends on the arrangement of tokens."""
+
+    def set_layout(self, grid_size: tuple[int, int], num_prefix_tokens: int) -> None:
+        """Take the rows and columns of the grid and the number of tokens before it."""
+
+
+def set_token_layout(model: nn.Module) -> int:
+    """Hand a model's token grid to every layer that needs it; call again after a change of size.
+
+    Args:
+        model: A vision transformer of timm's kind, with ``patch_embed.grid_size`` and
+            ``num_prefix_tokens``.
+
+    Returns:
+        The number of layers told.
+
+    Raises:
+        ValueError: The model has no token grid.
+    """
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if grid is None or prefix is None:
+        raise ValueError(
+            f"{type(model).__name__} has no patch_embed.grid_size and num_prefix_tokens to read a "
+            "token layout from; call set_layout(grid_size, num_prefix_tokens) on its layers."
+        )
+    layers = [m for m in model.modules() if isinstance(m, NeedsLayout)]
+    for layer in layers:
+        layer.set_layout((int(grid[0]), int(grid[1])), int(prefix))
+    return len(layers)

@@ -1,0 +1,57 @@
+"""Performer attention with a learned feature map: f_theta in place of random features.
+
+The generalised kernel of Choromanski et al., 2021 (arXiv:2009.14794), section 3.1, with
+phi(x) = softplus(W2 relu(W1 x')) + 1e-3, x' = x / D^(1/4). One map serves all heads, queries and
+keys, so that the kernel stays symmetric. Per head, time grows as N * D * (m + 2 D).
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from timm_xformers.layers.heads import HeadsAttention, working_dtype
+from timm_xformers.layers.linear import FEATURE_EPS, mix_features
+
+__all__ = ["LearnedPerformerAttention"]
+
+
+class LearnedPerformerAttention(HeadsAttention):
+    """Multi-head linear attention on tokens (B, N, C) with trained features.
+
+    Args:
+        dim: Token width C.
+        num_heads: Number of heads H.
+        num_features: m.
+        **kwargs: Arguments of `HeadsAttention`.
+
+    Raises:
+        ValueError: ``num_features`` below 1, or what `HeadsAttention` refuses.
+    """
+
+    mechanism = "performer_learned"
+    has_map = False
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, *, num_features: int = 64, **kwargs: Any
+    ) -> None:
+        if num_features < 1:
+            raise ValueError(f"num_features={num_features} must be at least 1, e.g. 64.")
+        super().__init__(dim, num_heads, **kwargs)
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        self.feature_scale = self.head_dim**-0.25
+        self.feature_net = nn.Sequential(
+            nn.Linear(self.head_dim, 2 * self.head_dim, **dd),
+            nn.ReLU(),
+            nn.Linear(2 * self.head_dim, num_features, **dd),
+            nn.Softplus(),
+        )
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Linear attention per head, (B, H, N, D)."""
+        dtype = working_dtype(v.dtype, wide=is_causal)
+        phi_q = self.feature_net(q * self.feature_scale).to(dtype) + FEATURE_EPS
+        phi_k = self.feature_net(k * self.feature_scale).to(dtype) + FEATURE_EPS
+        x = mix_features(phi_q, phi_k, v.to(dtype), False, attn_mask, is_causal)
+        return x.to(v.dtype)

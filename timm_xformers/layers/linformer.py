@@ -1,0 +1,215 @@
+"""Linformer attention: keys and values projected along the sequence.
+
+Wang et al., "Linformer", 2020 (arXiv:2006.04768), eq. 7: softmax(q (E K)^T / sqrt(D)) (F V) with
+E and F of shape (k, N). Per head, time grows as N * k * D.
+
+Departures from the authors' code, each pinned by a test:
+
+- E and F start as means of consecutive tokens instead of uniform noise: k = N is the identity and
+  gives exact attention, and weights of exact attention keep working when they are loaded.
+- A left-out token contributes nothing to E K and F V, and a slot made of left-out tokens only is
+  hidden from queries.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_xformers.layers.heads import HeadsAttention, attend, key_padding, refuse_causal
+
+__all__ = ["LinformerAttention", "linformer_attention", "resample_projection"]
+
+
+def linformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    proj_k: Tensor,
+    proj_v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Mix tokens with attention to k projected keys and values.
+
+    Args:
+        q: Queries (B, H, N, D), unscaled.
+        k: Keys (B, H or 1, S, D).
+        v: Values (B, H or 1, S, E).
+        proj_k: E (k, S).
+        proj_v: F (k, S).
+        attn_mask: None, or (B, 1, 1, S): bool (True = attend) or additive (read as kept or left
+            out). A query without any key gives zeros.
+        dropout_p: Dropout probability on the (N, k) map.
+
+    Returns:
+        (B, H, N, E).
+
+    Raises:
+        ValueError: ``attn_mask`` differs between queries, or the projections fit another length.
+    """
+    if proj_k.shape[1] != k.shape[-2]:
+        raise ValueError(
+            f"The Linformer projection is for {proj_k.shape[1]} tokens and got {k.shape[-2]}; use "
+            "that many, or change the model with set_input_size()."
+        )
+    keep = key_padding(attn_mask, "linformer")
+    slots: Tensor | None = None
+    if keep is not None:
+        weight = keep.to(k.dtype)
+        k, v = k * weight, v * weight
+        slots = (proj_k.abs() @ weight.to(proj_k.dtype)).transpose(-2, -1) > 0  # (..., 1, k)
+    # A single key and value head is projected once and then shared.
+    k = (proj_k.to(k.dtype) @ k).expand(-1, q.shape[1], -1, -1)  # (B, H, k, D)
+    v = (proj_v.to(v.dtype) @ v).expand(-1, q.shape[1], -1, -1)
+    return attend(q, k, v, slots, dropout_p)
+
+
+def resample_projection(
+    proj: Tensor, new_size: tuple[int, int], old_size: tuple[int, int], num_prefix_tokens: int
+) -> Tensor:
+    """Interpolate a projection to another grid of tokens, keeping each slot's total weight.
+
+    Args:
+        proj: (k, num_prefix_tokens + old grid).
+        new_size: New grid (rows, columns).
+        old_size: Old grid (rows, columns).
+        num_prefix_tokens: Leading tokens outside the grid, copied.
+
+    Returns:
+        (k, num_prefix_tokens + new grid).
+    """
+    columns = resample_abs_pos_embed(
+        proj.T.unsqueeze(0),
+        new_size=list(new_size),
+        old_size=list(old_size),
+        num_prefix_tokens=num_prefix_tokens,
+        interpolation="bilinear",
+    )[0].T
+    ratio = (old_size[0] * old_size[1]) / (new_size[0] * new_size[1])
+    return torch.cat([columns[:, :num_prefix_tokens], columns[:, num_prefix_tokens:] * ratio], 1)
+
+
+class LinformerAttention(HeadsAttention):
+    """Multi-head Linformer attention on tokens (B, N, C).
+
+    Until `set_layout` tells the number of tokens, the projection is a function on [0, 1] held at
+    256 points and sampled at as many as come; from then on it fits that number only.
+
+    Args:
+        dim: Token width C.
+        num_heads: Number of heads H.
+        proj_len: k, the number of projected keys.
+        one_kv_head: Use one key and value head for all query heads.
+        share_kv: Use the keys as values, and E as F.
+        **kwargs: Arguments of `HeadsAttention`.
+
+    Raises:
+        ValueError: ``proj_len`` below 1, or what `HeadsAttention` refuses.
+    """
+
+    mechanism = "linformer"
+    needs_fixed_grid = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        proj_len: int = 64,
+        one_kv_head: bool = False,
+        share_kv: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if proj_len < 1:
+            raise ValueError(f"proj_len={proj_len} must be at least 1, e.g. 64.")
+        super().__init__(dim, num_heads, **kwargs)
+        self.proj_len = proj_len
+        self.share_kv = share_kv
+        self.kv_heads = 1 if one_kv_head else self.num_heads
+        self.grid_size: tuple[int, int] | None = None
+        self.num_prefix_tokens = 0
+        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        if one_kv_head or share_kv:
+            width = self.attn_dim + (1 if share_kv else 2) * self.kv_heads * self.head_dim
+            self.qkv = nn.Linear(dim, width, bias=self.qkv.bias is not None, **dd)
+        self.proj_k = nn.Parameter(torch.empty(proj_len, 256, **dd))
+        self.proj_v = None if share_kv else nn.Parameter(torch.empty(proj_len, 256, **dd))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the projections to means of consecutive tokens."""
+        length = self.proj_k.shape[1]
+        # Slot i covers [i, i + 1) * length / k; a token on a border counts to both in proportion.
+        edges = torch.linspace(0, length, self.proj_len + 1, dtype=torch.float64, device="cpu")
+        start = torch.arange(length, dtype=torch.float64, device="cpu")
+        upper = torch.minimum(edges[1:, None], start + 1)
+        lower = torch.maximum(edges[:-1, None], start)
+        overlap = (upper - lower).clamp_min(0)
+        means = overlap / overlap.sum(dim=1, keepdim=True)
+        self.proj_k.copy_(means)
+        if self.proj_v is not None:
+            self.proj_v.copy_(means)
+
+    def set_layout(self, grid_size: tuple[int, int], num_prefix_tokens: int) -> None:
+        """Fix the number of tokens; a projection that had one already is interpolated."""
+        if (grid_size, num_prefix_tokens) == (self.grid_size, self.num_prefix_tokens):
+            return
+        with torch.no_grad():
+            for name in ("proj_k", "proj_v"):
+                old = getattr(self, name)
+                if old is None:
+                    continue
+                if self.grid_size is None:
+                    length = num_prefix_tokens + grid_size[0] * grid_size[1]
+                    new = old.new_empty(self.proj_len, length)
+                else:
+                    new = resample_projection(old, grid_size, self.grid_size, num_prefix_tokens)
+                setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        if self.grid_size is None:
+            self.reset_parameters()
+        self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, C) to queries (B, H, N, D), keys and values (B, H or 1, N, D)."""
+        B, N, _ = x.shape
+        kv_dim = self.kv_heads * self.head_dim
+        parts = [self.attn_dim, kv_dim] if self.share_kv else [self.attn_dim, kv_dim, kv_dim]
+        heads = self.qkv(x).split(parts, dim=-1)
+        q = heads[0].reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+        k = heads[1].reshape(B, N, self.kv_heads, self.head_dim).transpose(1, 2)
+        if self.share_kv:
+            return q, k, k
+        v = heads[2].reshape(B, N, self.kv_heads, self.head_dim).transpose(1, 2)
+        return q, k, v
+
+    def _fit(self, proj: Tensor, length: int) -> Tensor:
+        """Projection (k, N) for the tokens at hand."""
+        points = proj.shape[1]
+        if self.grid_size is not None or points == length:
+            return proj
+        if length > points:
+            sampled = F.interpolate(proj.unsqueeze(0), size=length, mode="linear")[0]
+        else:
+            sampled = F.adaptive_avg_pool1d(proj.unsqueeze(0), length)[0]
+        return sampled * (points / length)
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Linformer attention per head, (B, H, N, D)."""
+        refuse_causal(is_causal, "linformer")
+        proj_k = self._fit(self.proj_k, k.shape[-2])
+        proj_v = proj_k if self.proj_v is None else self._fit(self.proj_v, k.shape[-2])
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        return linformer_attention(
+            q, k, v, proj_k, proj_v, attn_mask=attn_mask, dropout_p=dropout_p
+        )
+
+    def extra_repr(self) -> str:
+        """Projected length, for printing."""
+        return f"proj_len={self.proj_len}, kv_heads={self.kv_heads}, share_kv={self.share_kv}"

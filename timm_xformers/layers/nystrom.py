@@ -1,0 +1,259 @@
+"""Nyström attention: the map rebuilt from landmarks.
+
+Xiong et al., "Nyströmformer", 2021 (arXiv:2102.03902), eqs. 10 to 14. Per head, time grows as
+N * l * D + l^3 for l landmarks. With F = softmax(Q K~^T), A = softmax(Q~ K~^T),
+B = softmax(Q~ K^T), all scaled by 1 / sqrt(D), the output is F A^+ (B V), right to left.
+
+Departures from the authors' code, each pinned by a test:
+
+- The inverse is started from a scale of each matrix, not from one maximum over the batch, so an
+  image's result does not depend on its neighbours.
+- When l does not divide N, segments differ by one token; nothing is padded, so no zeros take part
+  in the softmax.
+- With no more tokens than landmarks the result is exact attention, computed directly.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_xformers.layers.heads import (
+    HeadsAttention,
+    attend,
+    key_padding,
+    refuse_causal,
+    working_dtype,
+)
+
+__all__ = [
+    "HeadConv",
+    "NystromAttention",
+    "iterative_pinv",
+    "nystrom_attention",
+    "segment_means",
+]
+
+
+def segment_means(x: Tensor, num_segments: int) -> Tensor:
+    """Means of consecutive tokens.
+
+    Args:
+        x: (..., N, D) with N >= num_segments.
+        num_segments: l. The first N mod l segments hold one token more than the rest.
+
+    Returns:
+        (..., l, D).
+    """
+    N = x.shape[-2]
+    size, longer = N // num_segments, N % num_segments
+    if longer == 0:
+        return torch.unflatten(x, -2, [num_segments, size]).mean(dim=-2)
+    cut = longer * (size + 1)
+    head = torch.unflatten(x[..., :cut, :], -2, [longer, size + 1]).mean(dim=-2)
+    tail = torch.unflatten(x[..., cut:, :], -2, [num_segments - longer, size]).mean(dim=-2)
+    return torch.cat([head, tail], dim=-2)
+
+
+def iterative_pinv(a: Tensor, num_steps: int) -> Tensor:
+    """Moore-Penrose inverse by the paper's cubic iteration (eq. 14).
+
+    Args:
+        a: (..., l, l) with rows that sum to one.
+        num_steps: Six reach about three digits on well-conditioned maps.
+
+    Returns:
+        (..., l, l).
+    """
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    # |A|_1 * |A|_inf per matrix; the second is 1, because A's rows are probabilities.
+    z = a.transpose(-2, -1) / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)
+    for _ in range(num_steps):
+        az = a @ z
+        z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
+    return z
+
+
+def _nystrom(
+    q: Tensor, k: Tensor, v: Tensor, num_landmarks: int, pinv_steps: int, keep: Tensor | None
+) -> Tensor:
+    if k.shape[-2] <= num_landmarks:
+        return attend(q, k, v, None if keep is None else keep.transpose(-2, -1))
+    dtype = working_dtype(q.dtype, wide=False)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5
+    if keep is None:
+        q_marks, k_marks = segment_means(q, num_landmarks), segment_means(k, num_landmarks)
+        scores = (q_marks.to(exact) @ k_marks.to(exact).transpose(-2, -1)) * scale
+        inverse = iterative_pinv(scores.softmax(dim=-1), pinv_steps)  # (B, H, l, l)
+        context = inverse @ attend(q_marks, k, v).to(exact)  # (B, H, l, D)
+        return attend(q, k_marks, context.to(dtype))
+    # Left-out tokens take no part in a landmark; a landmark of none takes no part at all: it is
+    # hidden from queries, and a row of the identity keeps the inverse block-diagonal.
+    weight = keep.to(dtype)
+    share = segment_means(weight, num_landmarks)  # (..., l, 1)
+    filled = share > 0
+    share = share.clamp_min(1e-6)
+    q_marks = segment_means(q * weight, num_landmarks) / share
+    k_marks = segment_means(k * weight, num_landmarks) / share
+    scores = (q_marks.to(exact) @ k_marks.to(exact).transpose(-2, -1)) * scale
+    eye = torch.eye(num_landmarks, dtype=exact, device=q.device)
+    columns = filled.transpose(-2, -1)
+    # One column stays open where all are empty, to keep the softmax of such an image finite.
+    marks = scores.masked_fill(~(columns | ~columns.any(dim=-1, keepdim=True)), float("-inf"))
+    marks = torch.where(filled, marks.softmax(dim=-1), eye)
+    inverse = iterative_pinv(marks, pinv_steps)
+    context = inverse @ attend(q_marks, k, v, keep.transpose(-2, -1)).to(exact)
+    return attend(q, k_marks, context.to(dtype), columns)
+
+
+def nystrom_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_landmarks: int = 64,
+    pinv_steps: int = 6,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """Mix tokens with the Nyström form of softmax attention.
+
+    Args:
+        q: Queries (B, H, N, D), unscaled.
+        k: Keys (B, H, N, D).
+        v: Values (B, H, N, E).
+        num_landmarks: l, means of consecutive tokens. l >= N gives exact attention.
+        pinv_steps: Steps of `iterative_pinv`.
+        attn_mask: None, or (B, 1, 1, N): bool (True = attend) or additive (read as kept or left
+            out). A query without any key gives zeros.
+
+    Returns:
+        (B, H, N, E) in the type of ``v``. The inverse is float32 at least.
+
+    Raises:
+        ValueError: ``attn_mask`` differs between queries.
+    """
+    keep = key_padding(attn_mask, "nystrom")
+    if torch.jit.is_scripting():
+        x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
+    else:
+        # Autocast would run the inverse in half precision.
+        with torch.autocast(q.device.type, enabled=False):
+            x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
+    return x.to(v.dtype)
+
+
+class HeadConv(nn.Module):
+    """Depthwise convolution along the tokens, one filter per head: (B, H, N, D) to the same.
+
+    Args:
+        num_heads: Number of heads H.
+        kernel_size: Odd filter length.
+        device: Where to create the filter.
+        dtype: Its type.
+
+    Raises:
+        ValueError: ``kernel_size`` is even.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        kernel_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} must be odd, e.g. {kernel_size + 1}.")
+        self.weight = nn.Parameter(
+            torch.empty(num_heads, 1, kernel_size, 1, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the filters as `torch.nn.Conv2d` does."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Convolve values (B, H, N, D) along N."""
+        B, H, N, D = v.shape
+        # One channel per (head, element), tokens in rows: what comes from a joint projection is
+        # laid out (B, N, H, D), so this view is channels-last, six times faster than (N, 1) filters
+        # over (N, D) maps.
+        x = v.permute(0, 1, 3, 2).reshape(B, H * D, N, 1)
+        weight = self.weight.to(v.dtype).repeat_interleave(D, dim=0)
+        x = F.conv2d(x, weight, padding=(self.weight.shape[2] // 2, 0), groups=H * D)
+        return x.reshape(B, H, D, N).permute(0, 1, 3, 2)
+
+
+class NystromAttention(HeadsAttention):
+    """Multi-head Nyström attention on tokens (B, N, C).
+
+    Args:
+        dim: Token width C.
+        num_heads: Number of heads H.
+        num_landmarks: l.
+        pinv_steps: Steps of the inverse.
+        conv_kernel: Length of the residual convolution of the values, 0 for none. The paper's
+            models use 33; without it the layer approximates exact attention.
+        **kwargs: Arguments of `HeadsAttention`.
+
+    Raises:
+        ValueError: ``num_landmarks`` or ``pinv_steps`` below 1, an even ``conv_kernel``, or what
+            `HeadsAttention` refuses.
+    """
+
+    mechanism = "nystrom"
+    has_map = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_landmarks: int = 64,
+        pinv_steps: int = 6,
+        conv_kernel: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if num_landmarks < 1 or pinv_steps < 1:
+            raise ValueError(
+                f"num_landmarks={num_landmarks} and pinv_steps={pinv_steps} must be at least 1, "
+                "e.g. 64 and 6."
+            )
+        super().__init__(dim, num_heads, **kwargs)
+        self.num_landmarks = num_landmarks
+        self.pinv_steps = pinv_steps
+        self.conv: nn.Module | None = None
+        if conv_kernel:
+            self.conv = HeadConv(
+                self.num_heads,
+                conv_kernel,
+                device=kwargs.get("device"),
+                dtype=kwargs.get("dtype"),
+            )
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Nyström attention per head plus the residual convolution, (B, H, N, D)."""
+        refuse_causal(is_causal, "nystrom")
+        x = nystrom_attention(
+            q,
+            k,
+            v,
+            num_landmarks=self.num_landmarks,
+            pinv_steps=self.pinv_steps,
+            attn_mask=attn_mask,
+        )
+        if self.conv is not None:
+            keep = key_padding(attn_mask, "nystrom")
+            x = x + self.conv(v if keep is None else v * keep.to(v.dtype))
+        return x
+
+    def extra_repr(self) -> str:
+        """Landmarks, for printing."""
+        return f"num_landmarks={self.num_landmarks}, pinv_steps={self.pinv_steps}"
