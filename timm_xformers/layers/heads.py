@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["HeadsAttention", "attend", "key_bias", "key_padding", "refuse_causal", "working_dtype"]
+__all__ = [
+    "HeadsAttention",
+    "attend",
+    "autocasts",
+    "key_bias",
+    "key_padding",
+    "refuse_causal",
+    "working_dtype",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +37,11 @@ def working_dtype(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
     if dtype == torch.float16 or (wide and dtype == torch.bfloat16):
         return torch.float32
     return dtype
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether products on this device would be run in autocast's half precision."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def key_padding(attn_mask: Tensor | None, mechanism: str) -> Tensor | None:
@@ -227,7 +240,8 @@ class HeadsAttention(nn.Module):
         x = self.mix(q, k, v, attn_mask, is_causal)
         x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
         x = self.proj(self.norm(x))
-        return self.proj_drop(x)
+        out: Tensor = self.proj_drop(x)
+        return out
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

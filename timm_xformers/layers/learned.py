@@ -7,9 +7,10 @@ keys, so that the kernel stays symmetric. Per head, time grows as N * D * (m + 2
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from timm_xformers.layers.heads import HeadsAttention, working_dtype
+from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
 from timm_xformers.layers.linear import FEATURE_EPS, mix_features
 
 __all__ = ["LearnedPerformerAttention"]
@@ -39,6 +40,7 @@ class LearnedPerformerAttention(HeadsAttention):
         super().__init__(dim, num_heads, **kwargs)
         dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.feature_scale = self.head_dim**-0.25
+        self.feature_eps = FEATURE_EPS
         self.feature_net = nn.Sequential(
             nn.Linear(self.head_dim, 2 * self.head_dim, **dd),
             nn.ReLU(),
@@ -50,8 +52,19 @@ class LearnedPerformerAttention(HeadsAttention):
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Linear attention per head, (B, H, N, D)."""
+        if torch.jit.is_scripting():
+            return self._mix(q, k, v, attn_mask, is_causal)
+        elif autocasts(q.device.type):  # it would sum features over tokens in half precision
+            with torch.autocast(q.device.type, enabled=False):
+                return self._mix(q, k, v, attn_mask, is_causal)
+        return self._mix(q, k, v, attn_mask, is_causal)
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        own = self.proj.weight.dtype
         dtype = working_dtype(v.dtype, wide=is_causal)
-        phi_q = self.feature_net(q * self.feature_scale).to(dtype) + FEATURE_EPS
-        phi_k = self.feature_net(k * self.feature_scale).to(dtype) + FEATURE_EPS
+        phi_q = self.feature_net((q * self.feature_scale).to(own)).to(dtype) + self.feature_eps
+        phi_k = self.feature_net((k * self.feature_scale).to(own)).to(dtype) + self.feature_eps
         x = mix_features(phi_q, phi_k, v.to(dtype), False, attn_mask, is_causal)
         return x.to(v.dtype)

@@ -20,9 +20,6 @@ __all__ = ["FEATURE_EPS", "exponential_mix", "mix_features", "positive_mix"]
 # Added to features that can be zero: then every key has weight, and every query a normaliser of at
 # least m * 1e-6. The size is that of the Performer paper's code.
 FEATURE_EPS = 1e-3
-# Below any normaliser that has a key (m >= 1), far above where 1 / x loses float32's range.
-_NORM_FLOOR = 1e-7
-_CAUSAL_CHUNK = 128
 
 
 def exponential_mix(log_q: Tensor, log_k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,8 +39,8 @@ def exponential_mix(log_q: Tensor, log_k: Tensor, v: Tensor, bias: Tensor | None
     # With every key left out the maximum is -inf; a finite one makes all weights exp(-inf) = 0.
     top = log_k.detach().amax(dim=-2, keepdim=True).clamp_min(-1e30)  # (B, H, 1, m)
     weights = (log_k - top).exp()
-    # The largest weight is 1, so only a row without any key is touched by the clamp.
-    total = weights.sum(dim=-2, keepdim=True).clamp_min(1.0)  # (B, H, 1, m)
+    # The largest weight is 1, so the clamp touches only features without any key.
+    total = weights.sum(dim=-2, keepdim=True).clamp_min(0.5)  # (B, H, 1, m)
     if v.dtype == log_k.dtype:
         context = (weights.transpose(-2, -1) @ v) / total.transpose(-2, -1)  # (B, H, m, E)
     else:  # half precision: weights that sum to one keep the product in range
@@ -69,10 +66,13 @@ def positive_mix(phi_q: Tensor, phi_k: Tensor, v: Tensor, keep: Tensor | None = 
     # Keys meet values first: (m, E) is small, while (N, S) is the matrix we exist to avoid.
     context = phi_k.transpose(-2, -1) @ v  # (B, H, m, E)
     norm = phi_q @ phi_k.sum(dim=-2).unsqueeze(-1)  # (B, H, N, 1)
-    return (phi_q @ context) / norm.clamp_min(_NORM_FLOOR)
+    # The floor lies below any normaliser with a key (m >= 1), and far above where 1 / x overflows.
+    return (phi_q @ context) / norm.clamp_min(1e-7)
 
 
-def _causal_mix(log_q: Tensor, log_k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _causal_mix(
+    log_q: Tensor, log_k: Tensor, v: Tensor, bias: Tensor | None, chunk: int = 128
+) -> Tensor:
     """`exponential_mix` where token i sees tokens 0..i: chunks in order, one running state.
 
     Exact within what float32 holds of exp(b_i - max_j b_j) inside a chunk.
@@ -85,10 +85,10 @@ def _causal_mix(log_q: Tensor, log_k: Tensor, v: Tensor, bias: Tensor | None) ->
     seen = torch.zeros(B, H, 1, m, dtype=v.dtype, device=v.device)
     top = torch.full((B, H, 1, m), -1e30, dtype=v.dtype, device=v.device)
     chunks: list[Tensor] = []
-    for start in range(0, N, _CAUSAL_CHUNK):
-        a = log_q[:, :, start : start + _CAUSAL_CHUNK]
-        b = log_k[:, :, start : start + _CAUSAL_CHUNK]
-        values = v[:, :, start : start + _CAUSAL_CHUNK]
+    for start in range(0, N, chunk):
+        a = log_q[:, :, start : start + chunk]
+        b = log_k[:, :, start : start + chunk]
+        values = v[:, :, start : start + chunk]
         new_top = torch.maximum(top, b.detach().amax(dim=-2, keepdim=True))
         decay = (top - new_top).exp()
         state = state * decay.transpose(-2, -1)

@@ -29,7 +29,6 @@ def linformer_attention(
     v: Tensor,
     proj_k: Tensor,
     proj_v: Tensor,
-    *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:

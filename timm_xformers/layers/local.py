@@ -141,7 +141,6 @@ def local_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     grid_size: tuple[int, int],
     window_size: tuple[int, int],
     neighbours: bool = True,

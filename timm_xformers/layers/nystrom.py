@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from timm_xformers.layers.heads import (
     HeadsAttention,
     attend,
+    autocasts,
     key_padding,
     refuse_causal,
     working_dtype,
@@ -113,7 +114,6 @@ def nystrom_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     num_landmarks: int = 64,
     pinv_steps: int = 6,
     attn_mask: Tensor | None = None,
@@ -138,10 +138,11 @@ def nystrom_attention(
     keep = key_padding(attn_mask, "nystrom")
     if torch.jit.is_scripting():
         x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
-    else:
-        # Autocast would run the inverse in half precision.
+    elif autocasts(q.device.type):  # it would run the inverse in half precision
         with torch.autocast(q.device.type, enabled=False):
             x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
+    else:
+        x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
     return x.to(v.dtype)
 
 

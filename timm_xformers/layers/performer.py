@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_xformers.layers.heads import HeadsAttention, working_dtype
+from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
 from timm_xformers.layers.linear import FEATURE_EPS, mix_features
 
 __all__ = [
@@ -33,8 +33,6 @@ __all__ = [
 ]
 
 KERNELS = ("softmax", "relu", "exp", "gelu", "elu")
-# gelu's minimum is -0.169971.
-_GELU_FLOOR = 0.17
 
 
 def orthogonal_directions(num_features: int, head_dim: int, seed: int) -> Tensor:
@@ -62,17 +60,18 @@ def orthogonal_directions(num_features: int, head_dim: int, seed: int) -> Tensor
     directions = torch.cat(blocks)  # (m, D), unit rows
     norms = torch.randn(num_features, head_dim, generator=rng, dtype=torch.float64, device="cpu")
     lengths = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
-    return (directions * lengths).float()
+    omega: Tensor = directions * lengths
+    return omega.float()
 
 
-def _positive_features(y: Tensor, kernel: str) -> Tensor:
+def _positive_features(y: Tensor, kernel: str, eps: float = FEATURE_EPS) -> Tensor:
     """Features of a kernel without exponentials from y = x' Omega^T."""
     if kernel == "relu":
-        return F.relu(y) + FEATURE_EPS
-    if kernel == "gelu":
-        return F.gelu(y) + (_GELU_FLOOR + FEATURE_EPS)
+        return F.relu(y) + eps
+    if kernel == "gelu":  # its minimum is -0.169971
+        return F.gelu(y) + (0.17 + eps)
     # elu + 1 rounds to exactly 0 below about -17 in float32.
-    return F.elu(y) + (1.0 + FEATURE_EPS)
+    return F.elu(y) + (1.0 + eps)
 
 
 def _performer(
@@ -103,7 +102,6 @@ def performer_attention(
     k: Tensor,
     v: Tensor,
     projection: Tensor,
-    *,
     kernel: str = "softmax",
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -134,10 +132,11 @@ def performer_attention(
     out_dtype = v.dtype
     if torch.jit.is_scripting():
         x = _performer(q, k, v, projection, kernel, attn_mask, is_causal)
-    else:
-        # Autocast would round exponents to three digits.
+    elif autocasts(q.device.type):  # it would round exponents to three digits
         with torch.autocast(q.device.type, enabled=False):
             x = _performer(q, k, v, projection, kernel, attn_mask, is_causal)
+    else:
+        x = _performer(q, k, v, projection, kernel, attn_mask, is_causal)
     return x.to(out_dtype)
 
 

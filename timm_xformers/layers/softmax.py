@@ -15,7 +15,6 @@ def softmax_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,

@@ -110,11 +110,10 @@ class ConvEmbed(nn.Module):
         """Images (B, in_chans, H, W) to tokens (B, N, embed_dim), or a grid in ``output_fmt``."""
         H, W = x.shape[-2:]
         if self.strict_img_size:
-            torch._assert(
-                self.img_size[0] == H and self.img_size[1] == W,
-                f"The image is {H} x {W} and the model takes {self.img_size[0]} x "
-                f"{self.img_size[1]}; resize it, or call set_input_size().",
-            )
+            rows, cols = self.img_size
+            hint = f"the model takes {rows} x {cols} images; resize, or call set_input_size()."
+            torch._assert(rows == H, f"The image has {H} rows, but {hint}")
+            torch._assert(cols == W, f"The image has {W} columns, but {hint}")
         for i, conv in enumerate(self.convs):
             x = conv(x)
             if i < 2:

@@ -290,9 +290,8 @@ def _hybrid_vix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -
     return _vix(variant, attention, pretrained, **{"stem_act": True, **kwargs})
 
 
-def _vix_imagenet(
-    variant: str, attention: str, embed_dim: int, num_heads: int, pretrained: bool, **kwargs: Any
-) -> ViX:
+def _vix_imagenet(variant: str, attention: str, size: str, pretrained: bool, **kwargs: Any) -> ViX:
+    embed_dim, num_heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[size]
     defaults = {
         "attn_layer": attention,
         "img_size": 224,
@@ -463,8 +462,7 @@ def vix_tiny_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs: 
     return _vix_imagenet(
         "vix_tiny_patch16_224_performer_relu_m64",
         "performer_relu_m64",
-        192,
-        3,
+        "tiny",
         pretrained,
         **kwargs,
     )
@@ -476,8 +474,7 @@ def vix_tiny_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwarg
     return _vix_imagenet(
         "vix_tiny_patch16_224_performer_softmax_m64",
         "performer_softmax_m64",
-        192,
-        3,
+        "tiny",
         pretrained,
         **kwargs,
     )
@@ -487,7 +484,7 @@ def vix_tiny_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwarg
 def vix_tiny_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-Ti/16 with Nyström attention, 64 landmarks."""
     return _vix_imagenet(
-        "vix_tiny_patch16_224_nystrom_l64", "nystrom_l64", 192, 3, pretrained, **kwargs
+        "vix_tiny_patch16_224_nystrom_l64", "nystrom_l64", "tiny", pretrained, **kwargs
     )
 
 
@@ -497,8 +494,7 @@ def vix_small_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs:
     return _vix_imagenet(
         "vix_small_patch16_224_performer_relu_m64",
         "performer_relu_m64",
-        384,
-        6,
+        "small",
         pretrained,
         **kwargs,
     )
@@ -510,8 +506,7 @@ def vix_small_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwar
     return _vix_imagenet(
         "vix_small_patch16_224_performer_softmax_m64",
         "performer_softmax_m64",
-        384,
-        6,
+        "small",
         pretrained,
         **kwargs,
     )
@@ -521,7 +516,7 @@ def vix_small_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwar
 def vix_small_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-S/16 with Nyström attention, 64 landmarks."""
     return _vix_imagenet(
-        "vix_small_patch16_224_nystrom_l64", "nystrom_l64", 384, 6, pretrained, **kwargs
+        "vix_small_patch16_224_nystrom_l64", "nystrom_l64", "small", pretrained, **kwargs
     )
 
 
@@ -531,8 +526,7 @@ def vix_base_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs: 
     return _vix_imagenet(
         "vix_base_patch16_224_performer_relu_m64",
         "performer_relu_m64",
-        768,
-        12,
+        "base",
         pretrained,
         **kwargs,
     )
@@ -544,8 +538,7 @@ def vix_base_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwarg
     return _vix_imagenet(
         "vix_base_patch16_224_performer_softmax_m64",
         "performer_softmax_m64",
-        768,
-        12,
+        "base",
         pretrained,
         **kwargs,
     )
@@ -555,5 +548,5 @@ def vix_base_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwarg
 def vix_base_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-B/16 with Nyström attention, 64 landmarks."""
     return _vix_imagenet(
-        "vix_base_patch16_224_nystrom_l64", "nystrom_l64", 768, 12, pretrained, **kwargs
+        "vix_base_patch16_224_nystrom_l64", "nystrom_l64", "base", pretrained, **kwargs
     )

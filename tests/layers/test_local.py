@@ -1,0 +1,190 @@
+"""Local attention against a dense map with a mask written from the definition."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from timm_xformers.layers.local import (
+    Local1dAttention,
+    Local2dAttention,
+    guess_prefix,
+    local_attention,
+)
+
+DTYPES = [pytest.param(torch.float64, 1e-12, id="f64"), pytest.param(torch.float32, 1e-5, id="f32")]
+
+
+def dense_mask(grid, window, neighbours, shift, prefix):
+    """Pair by pair: which of N tokens may see which."""
+    tokens = [None] * prefix + [(r, c) for r in range(grid[0]) for c in range(grid[1])]
+    padded = [-(-g // w) * w for g, w in zip(grid, window, strict=True)]
+
+    def box(t):
+        # After the roll a token at t lands at t - shift, counted around the padded map.
+        return tuple((x - s) % p // w for x, s, p, w in zip(t, shift, padded, window, strict=True))
+
+    def sees(a, b):
+        if a is None or b is None:
+            return True
+        apart = [abs(x - y) for x, y in zip(box(a), box(b), strict=True)]
+        if neighbours:
+            return max(apart) <= 1
+        near = all(abs(x - y) < w for x, y, w in zip(a, b, window, strict=True))
+        return max(apart) == 0 and near
+
+    return torch.tensor([[sees(a, b) for b in tokens] for a in tokens])
+
+
+def draw(B, H, N, D, dtype=torch.float64):
+    rng = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(B, H, N, D, generator=rng, dtype=dtype, requires_grad=True) for _ in range(3)
+    ]
+
+
+CASES = [
+    pytest.param((1, 1), (1, 4), True, (0, 0), 0, id="one-token"),
+    pytest.param((1, 2), (1, 1), True, (0, 0), 1, id="two-tokens"),
+    pytest.param((1, 17), (1, 4), True, (0, 0), 0, id="1d-padded"),
+    pytest.param((1, 17), (1, 4), True, (0, 0), 1, id="1d-class-token"),
+    pytest.param((1, 17), (1, 4), False, (0, 0), 1, id="1d-alone"),
+    pytest.param((1, 17), (1, 4), False, (0, 2), 1, id="1d-shifted-padded"),
+    pytest.param((1, 16), (1, 8), True, (0, 0), 0, id="1d-two-windows"),
+    pytest.param((6, 6), (3, 3), True, (0, 0), 1, id="2d"),
+    pytest.param((9, 7), (2, 2), True, (0, 0), 2, id="2d-odd"),
+    pytest.param((7, 7), (4, 4), False, (2, 2), 1, id="2d-shifted-padded"),
+    pytest.param((8, 8), (4, 4), False, (2, 2), 0, id="2d-shifted"),
+    pytest.param((3, 9), (4, 4), True, (0, 0), 1, id="2d-one-row-of-windows"),
+    pytest.param((14, 14), (7, 7), False, (3, 3), 1, id="197-tokens"),
+    pytest.param((1, 1024), (1, 64), True, (0, 0), 1, id="1025-tokens"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "atol"), DTYPES)
+@pytest.mark.parametrize(("grid", "window", "neighbours", "shift", "prefix"), CASES)
+def test_values_and_gradients_match_the_masked_map(
+    grid, window, neighbours, shift, prefix, dtype, atol
+):
+    N = prefix + grid[0] * grid[1]
+    inputs = draw(7 if N < 50 else 1, 2, N, 8 if N < 50 else 32, dtype)
+    fast = local_attention(
+        *inputs,
+        grid_size=grid,
+        window_size=window,
+        neighbours=neighbours,
+        shift_size=shift,
+        num_prefix_tokens=prefix,
+    )
+    mask = dense_mask(grid, window, neighbours, shift, prefix)
+    slow = F.scaled_dot_product_attention(*(t.double() for t in inputs), attn_mask=mask)
+    upstream = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    torch.testing.assert_close(fast.double(), slow, atol=atol, rtol=0)
+    for a, b in zip(
+        torch.autograd.grad(fast, inputs, upstream),
+        torch.autograd.grad(slow, inputs, upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.double(), b.double(), atol=50 * atol, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["keys", "pairs", "additive", "per-head", "causal"])
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_masks_meet_the_windows(kind, neighbours):
+    grid, window, prefix = (5, 6), (2, 3), 1
+    N = 31
+    q, k, v = (t.detach() for t in draw(2, 2, N, 8))
+    rng = torch.Generator().manual_seed(3)
+    shape = {"keys": (2, 1, 1, N), "per-head": (2, 2, N, N)}.get(kind, (2, 1, N, N))
+    given = torch.rand(shape, generator=rng) > 0.4
+    allowed = dense_mask(grid, window, neighbours, (0, 0), prefix)
+    reference_mask = torch.ones(N, N).tril().bool() if kind == "causal" else given
+    bias = torch.zeros(1, dtype=torch.float64)
+    if kind == "additive":
+        bias = torch.randn(shape, generator=rng, dtype=torch.float64)
+        given = bias.masked_fill(~given, float("-inf"))
+    out = local_attention(
+        q,
+        k,
+        v,
+        grid_size=grid,
+        window_size=window,
+        neighbours=neighbours,
+        num_prefix_tokens=prefix,
+        attn_mask=None if kind == "causal" else given,
+        is_causal=kind == "causal",
+    )
+    scores = q @ k.mT / 8**0.5 + bias
+    scores = scores.masked_fill(~(allowed & reference_mask), float("-inf"))
+    torch.testing.assert_close(out, scores.softmax(-1).nan_to_num(0.0) @ v)
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+@pytest.mark.parametrize("grid", [(1, 17), (5, 5), (3, 7)])
+def test_exact_when_the_window_covers_everything(grid, neighbours):
+    N = 1 + grid[0] * grid[1]
+    q, k, v = draw(2, 2, N, 8)
+    out = local_attention(
+        q, k, v, grid_size=grid, window_size=(17, 17), neighbours=neighbours, num_prefix_tokens=1
+    )
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (1, 1)])
+def test_gradcheck(shift):
+    def attention(q, k, v):
+        return local_attention(
+            q,
+            k,
+            v,
+            grid_size=(3, 3),
+            window_size=(2, 2),
+            neighbours=shift == (0, 0),
+            shift_size=shift,
+            num_prefix_tokens=1,
+        )
+
+    assert torch.autograd.gradcheck(attention, draw(1, 2, 10, 4))
+
+
+def test_a_layer_reaches_its_neighbours_and_no_further():
+    torch.manual_seed(0)
+    layer = Local1dAttention(16, 2, window_size=4).eval()
+    layer.set_layout((1, 24), 0)
+    x = torch.randn(1, 24, 16)
+    moved = x.clone()
+    moved[:, 0] += 1.0
+    changed = (layer(x) - layer(moved)).abs().sum(-1)[0] > 0
+    assert changed[:8].all()
+    assert not changed[8:].any()
+
+
+def test_class_token_sees_and_is_seen_by_all():
+    torch.manual_seed(0)
+    layer = Local2dAttention(16, 2, window_size=2).eval()
+    layer.set_layout((8, 8), 1)
+    x = torch.randn(1, 65, 16)
+    far, front = x.clone(), x.clone()
+    far[:, 64] += 1.0
+    front[:, 0] += 1.0
+    assert ((layer(x) - layer(far)).abs().sum(-1)[0] > 0)[0]
+    assert ((layer(x) - layer(front)).abs().sum(-1)[0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("N", "prefix"), [(64, 0), (65, 1), (197, 1), (198, 2), (201, 5), (200, 4), (1, 0), (2, 1)]
+)
+def test_unset_layout_is_guessed_for_square_grids(N, prefix):
+    assert guess_prefix(N) == prefix
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"129 tokens are not a square grid.*set_token_layout"):
+        Local2dAttention(16, 2)(torch.randn(1, 129, 16))
+    layer = Local2dAttention(16, 2, window_size=4)
+    layer.set_layout((8, 8), 1)
+    with pytest.raises(ValueError, match=r"197 tokens do not fill a grid of 8 x 8 and 1 prefix"):
+        layer(torch.randn(1, 197, 16))
+    with pytest.raises(ValueError, match="not both"):
+        Local2dAttention(16, 2, neighbours=True, shifted=True)
+    with pytest.raises(ValueError, match="window_size=0 must be at least 1"):
+        Local1dAttention(16, 2, window_size=0)
