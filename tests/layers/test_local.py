@@ -158,6 +158,30 @@ def test_a_layer_reaches_its_neighbours_and_no_further():
     assert not changed[8:].any()
 
 
+@pytest.mark.parametrize("kind", [Local1dAttention, Local2dAttention])
+def test_shifted_windows_cross_borders_after_two_blocks(kind):
+    torch.manual_seed(0)
+    blocks = [kind(16, 2, window_size=4, neighbours=False, shifted=True).eval() for _ in range(2)]
+    for depth, block in enumerate(blocks):
+        block.set_layout((8, 8), 0, depth)
+    x = torch.randn(1, 64, 16)
+    moved = x.clone()
+    moved[:, 0] += 1.0
+    first, first_moved = blocks[0](x), blocks[0](moved)
+    one = ((first - first_moved).abs().sum(-1)[0] > 0).reshape(8, 8)
+    two = ((blocks[1](first) - blocks[1](first_moved)).abs().sum(-1)[0] > 0).reshape(8, 8)
+    reach = torch.zeros(8, 8, dtype=torch.bool)
+    if kind is Local1dAttention:  # tokens 0 to 3, then the shifted windows 0 to 1 and 2 to 5
+        reach.view(-1)[:4] = True
+        assert torch.equal(one, reach)
+        reach.view(-1)[:6] = True
+    else:
+        reach[:4, :4] = True
+        assert torch.equal(one, reach)
+        reach[:6, :6] = True
+    assert torch.equal(two, reach)
+
+
 def test_class_token_sees_and_is_seen_by_all():
     torch.manual_seed(0)
     layer = Local2dAttention(16, 2, window_size=2).eval()
@@ -184,6 +208,8 @@ def test_refusals():
     layer.set_layout((8, 8), 1)
     with pytest.raises(ValueError, match=r"197 tokens do not fill a grid of 8 x 8 and 1 prefix"):
         layer(torch.randn(1, 197, 16))
+    with pytest.raises(ValueError, match="does not know which it is in"):
+        Local2dAttention(16, 2, neighbours=False, shifted=True)(torch.randn(1, 65, 16))
     with pytest.raises(ValueError, match="not both"):
         Local2dAttention(16, 2, neighbours=True, shifted=True)
     with pytest.raises(ValueError, match="window_size=0 must be at least 1"):

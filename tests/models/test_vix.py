@@ -60,6 +60,12 @@ def test_named_model_is_what_it_says():
     assert len(features) == 4, "each layer has its own random features"
 
 
+@pytest.mark.parametrize(("name", "shift"), [("vix_local1d_w64", 32), ("vix_local2d_w8", 4)])
+def test_windows_are_shifted_in_every_second_block(name, shift):
+    model = timm.create_model(name)
+    assert [block.attn.shift for block in model.blocks] == [0, shift, 0, shift]
+
+
 def test_positions_have_unit_variance_by_default():
     assert abs(timm.create_model("vix_softmax").pos_embed.detach().std() - 1.0) < 0.02
     assert abs(small("vix_softmax", pos_embed_std=0.02).pos_embed.detach().std() - 0.02) < 0.002

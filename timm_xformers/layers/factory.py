@@ -49,6 +49,20 @@ ATTENTION: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{f"linformer_k{k}": (LinformerAttention, {"proj_len": k}) for k in (32, 64, 128, 256)},
     **{f"local1d_w{w}": (Local1dAttention, {"window_size": w}) for w in (16, 32, 64, 128, 256)},
     **{f"local2d_w{w}": (Local2dAttention, {"window_size": w}) for w in (4, 7, 8, 14, 16)},
+    **{
+        f"local1d_w{w}_shifted": (
+            Local1dAttention,
+            {"window_size": w, "neighbours": False, "shifted": True},
+        )
+        for w in (16, 32, 64, 128, 256)
+    },
+    **{
+        f"local2d_w{w}_shifted": (
+            Local2dAttention,
+            {"window_size": w, "neighbours": False, "shifted": True},
+        )
+        for w in (4, 7, 8, 14, 16)
+    },
     "fnet": (FNetMixing, {}),
 }
 

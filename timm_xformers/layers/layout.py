@@ -1,7 +1,8 @@
 """Tell attention layers how the tokens of their model lie.
 
-A layer in timm's attention slot is not told which tokens are class tokens and how many rows and
-columns the others form. Windows of the grid, sequence projections and rotary positions need it.
+A layer in timm's attention slot is not told which tokens are class tokens, how many rows and
+columns the others form, nor which block it belongs to. Windows of the grid, windows that are
+shifted in every second block, and sequence projections need it.
 """
 
 from typing import Protocol, runtime_checkable
@@ -15,8 +16,10 @@ __all__ = ["NeedsLayout", "set_token_layout"]
 class NeedsLayout(Protocol):
     """A layer that depends on the arrangement of tokens."""
 
-    def set_layout(self, grid_size: tuple[int, int], num_prefix_tokens: int) -> None:
-        """Take the rows and columns of the grid and the number of tokens before it."""
+    def set_layout(
+        self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
+    ) -> None:
+        """Take the rows and columns of the grid, the tokens before it and the block's index."""
 
 
 def set_token_layout(model: nn.Module) -> int:
@@ -40,6 +43,6 @@ def set_token_layout(model: nn.Module) -> int:
             "token layout from; call set_layout(grid_size, num_prefix_tokens) on its layers."
         )
     layers = [m for m in model.modules() if isinstance(m, NeedsLayout)]
-    for layer in layers:
-        layer.set_layout((int(grid[0]), int(grid[1])), int(prefix))
+    for depth, layer in enumerate(layers):
+        layer.set_layout((int(grid[0]), int(grid[1])), int(prefix), depth)
     return len(layers)

@@ -154,8 +154,16 @@ class LinformerAttention(HeadsAttention):
         if self.proj_v is not None:
             self.proj_v.copy_(means)
 
-    def set_layout(self, grid_size: tuple[int, int], num_prefix_tokens: int) -> None:
-        """Fix the number of tokens; a projection that had one already is interpolated."""
+    def set_layout(
+        self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
+    ) -> None:
+        """Fix the number of tokens; a projection that had one already is interpolated.
+
+        Args:
+            grid_size: Rows and columns of the token grid.
+            num_prefix_tokens: Tokens before the grid.
+            depth: Index of the block, the same to every projection.
+        """
         if (grid_size, num_prefix_tokens) == (self.grid_size, self.num_prefix_tokens):
             return
         with torch.no_grad():

@@ -7,134 +7,24 @@ with neighbours 3 windows in 1-D and 9 in 2-D, else 1.
 
 Both are one function here: the flattened sequence is a grid of one row. Prefix tokens (class,
 registers) stand outside the grid: they attend to every token and every window attends to them.
-Padding and tokens that a shift brings together from opposite borders are masked, never attended.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from timm_xformers.layers.heads import HeadsAttention, attend
+from timm_xformers.layers.windows import (
+    cut_windows,
+    join_attn_mask,
+    merge,
+    partition,
+    window_mask,
+    with_neighbours,
+)
 
 __all__ = ["Local1dAttention", "Local2dAttention", "local_attention"]
-
-
-def _windows(
-    x: Tensor, window_size: tuple[int, int], shift_size: tuple[int, int], fill: float
-) -> Tensor:
-    """Cut a map (A, rows, cols, F) into windows (A, rows / wh, cols / ww, wh * ww, F).
-
-    The map is filled up at the end, then rolled back by ``shift_size``.
-    """
-    wh, ww = window_size
-    pad_h, pad_w = -x.shape[1] % wh, -x.shape[2] % ww
-    if pad_h + pad_w > 0:
-        x = F.pad(x, [0, 0, 0, pad_w, 0, pad_h], value=fill)
-    if shift_size[0] + shift_size[1] > 0:
-        x = x.roll([-shift_size[0], -shift_size[1]], [1, 2])
-    A, rows, cols, width = x.shape
-    x = x.reshape(A, rows // wh, wh, cols // ww, ww, width).transpose(2, 3)
-    return x.reshape(A, rows // wh, cols // ww, wh * ww, width)
-
-
-def _unwindow(
-    x: Tensor, grid_size: tuple[int, int], window_size: tuple[int, int], shift_size: tuple[int, int]
-) -> Tensor:
-    """Undo `_windows`: (A, rows / wh, cols / ww, wh * ww, F) to (A, rows, cols, F)."""
-    wh, ww = window_size
-    A, nh, nw, _, width = x.shape
-    x = x.reshape(A, nh, nw, wh, ww, width).transpose(2, 3).reshape(A, nh * wh, nw * ww, width)
-    if shift_size[0] + shift_size[1] > 0:
-        x = x.roll([shift_size[0], shift_size[1]], [1, 2])
-    return x[:, : grid_size[0], : grid_size[1]]
-
-
-def _with_neighbours(x: Tensor, fill: float) -> Tensor:
-    """Append to each window those around it: (A, nh, nw, w, F) to (A, nh, nw, up to 9 w, F)."""
-    _, nh, nw, _, _ = x.shape
-    ring_h, ring_w = min(nh - 1, 1), min(nw - 1, 1)
-    x = F.pad(x, [0, 0, 0, 0, ring_w, ring_w, ring_h, ring_h], value=fill)
-    parts: list[Tensor] = []
-    for i in range(2 * ring_h + 1):
-        for j in range(2 * ring_w + 1):
-            parts.append(x[:, i : i + nh, j : j + nw])
-    return torch.cat(parts, dim=3)
-
-
-def _cut(
-    x: Tensor,
-    grid_size: tuple[int, int],
-    window_size: tuple[int, int],
-    shift_size: tuple[int, int],
-    num_prefix_tokens: int,
-    with_prefix: bool,
-    neighbours: bool,
-) -> Tensor:
-    """Tokens (B, H, N, F) to windows (B * nW, H, keys, F), prefix tokens first if asked for."""
-    B, H, _, width = x.shape
-    grid = x[:, :, num_prefix_tokens:].reshape(B * H, grid_size[0], grid_size[1], width)
-    w = _windows(grid, window_size, shift_size, 0.0)
-    if neighbours:
-        w = _with_neighbours(w, 0.0)
-    w = w.reshape(B, H, -1, w.shape[3], width)  # (B, H, nW, keys, F)
-    if with_prefix and num_prefix_tokens > 0:
-        prefix = x[:, :, None, :num_prefix_tokens].expand(-1, -1, w.shape[2], -1, -1)
-        w = torch.cat([prefix, w], dim=3)
-    return w.transpose(1, 2).reshape(-1, H, w.shape[3], width)
-
-
-def _window_mask(
-    q_ids: Tensor,
-    k_ids: Tensor,
-    grid_cols: int,
-    num_prefix_tokens: int,
-    window_size: tuple[int, int],
-    shifted: bool,
-    is_causal: bool,
-) -> Tensor:
-    """Who may attend to whom inside the windows, from token numbers (-1 = padding).
-
-    Args:
-        q_ids: (nW, w).
-        k_ids: (nW, K), prefix tokens included.
-        grid_cols: Tokens in a row of the grid.
-        num_prefix_tokens: Tokens before the grid.
-        window_size: Rows and columns of a window.
-        shifted: Hide pairs that the roll brought together from opposite borders.
-        is_causal: Hide later tokens.
-
-    Returns:
-        Bool (nW, 1 or w, K).
-    """
-    mask = (k_ids >= 0).unsqueeze(1)
-    if shifted:
-        q_grid = (q_ids - num_prefix_tokens).unsqueeze(2)
-        k_grid = (k_ids - num_prefix_tokens).unsqueeze(1)
-        rows = q_grid.div(grid_cols, rounding_mode="floor") - k_grid.div(
-            grid_cols, rounding_mode="floor"
-        )
-        cols = q_grid.remainder(grid_cols) - k_grid.remainder(grid_cols)
-        near = (rows.abs() < window_size[0]) & (cols.abs() < window_size[1])
-        mask = mask & (near | (k_ids < num_prefix_tokens).unsqueeze(1))
-    if is_causal:
-        mask = mask & (k_ids.unsqueeze(1) <= q_ids.unsqueeze(2))
-    return mask
-
-
-def _with_attn_mask(mask: Tensor, attn_mask: Tensor, q_ids: Tensor, k_ids: Tensor) -> Tensor:
-    """Join a mask over all tokens with the windows' own: (B, 1 or H, nW, 1 or w, K)."""
-    while attn_mask.dim() < 4:
-        attn_mask = attn_mask.unsqueeze(0)
-    columns = k_ids.clamp_min(0)
-    if attn_mask.shape[-2] == 1:
-        picked = attn_mask[:, :, 0][:, :, columns].unsqueeze(3)  # (B, h, nW, 1, K)
-    else:
-        picked = attn_mask[:, :, q_ids.clamp_min(0).unsqueeze(2), columns.unsqueeze(1)]
-    if picked.dtype == torch.bool:
-        return picked & mask
-    return picked.masked_fill(~mask, float("-inf"))
 
 
 def local_attention(
@@ -189,24 +79,24 @@ def local_attention(
         return attend(q, k, v, attn_mask, dropout_p, is_causal)
 
     ids = torch.arange(P, N, device=q.device).reshape(1, rows, cols, 1)
-    q_ids = _windows(ids, window_size, shift_size, -1.0)
-    k_ids = _with_neighbours(q_ids, -1.0) if neighbours else q_ids
+    q_ids = partition(ids, window_size, shift_size, -1.0)
+    k_ids = with_neighbours(q_ids, -1.0) if neighbours else q_ids
     q_ids = q_ids.reshape(-1, q_ids.shape[3])  # (nW, w)
     k_ids = k_ids.reshape(-1, k_ids.shape[3])
     before = torch.arange(P, device=q.device).expand(k_ids.shape[0], -1)
     k_ids = torch.cat([before, k_ids], dim=1)  # (nW, K)
-    mask = _window_mask(q_ids, k_ids, cols, P, window_size, shifted, is_causal)
+    mask = window_mask(q_ids, k_ids, cols, P, window_size, shifted, is_causal)
     num_windows = mask.shape[0]
     if attn_mask is None:
         mask = mask.expand(B, 1, -1, -1, -1)
     else:
-        mask = _with_attn_mask(mask, attn_mask, q_ids, k_ids).expand(B, -1, -1, -1, -1)
+        mask = join_attn_mask(mask, attn_mask, q_ids, k_ids).expand(B, -1, -1, -1, -1)
     mask = mask.transpose(1, 2).flatten(0, 1)  # (B * nW, 1 or H, 1 or w, K)
 
     x = attend(
-        _cut(q, grid_size, window_size, shift_size, P, False, False),
-        _cut(k, grid_size, window_size, shift_size, P, True, neighbours),
-        _cut(v, grid_size, window_size, shift_size, P, True, neighbours),
+        cut_windows(q, grid_size, window_size, shift_size, P, False, False),
+        cut_windows(k, grid_size, window_size, shift_size, P, True, neighbours),
+        cut_windows(v, grid_size, window_size, shift_size, P, True, neighbours),
         mask,
         dropout_p,
     )
@@ -214,7 +104,7 @@ def local_attention(
     x = x.reshape(B, num_windows, H, -1, width).transpose(1, 2)
     nh = -(-rows // window_size[0])
     x = x.reshape(B * H, nh, num_windows // nh, -1, width)
-    x = _unwindow(x, grid_size, window_size, shift_size).reshape(B, H, rows * cols, width)
+    x = merge(x, grid_size, window_size, shift_size).reshape(B, H, rows * cols, width)
     if P == 0:
         return x
     front: Tensor | None = None
@@ -251,7 +141,8 @@ class Local2dAttention(HeadsAttention):
         num_heads: Number of heads H.
         window_size: Side w of the square windows.
         neighbours: Let a window attend to the eight around it.
-        shifted: Move the windows by w // 2 in both directions instead.
+        shifted: Move the windows of every second block by w // 2 instead, as Swin does; needs
+            `set_layout`, which tells the block's index.
         **kwargs: Arguments of `HeadsAttention`.
 
     Raises:
@@ -279,13 +170,31 @@ class Local2dAttention(HeadsAttention):
         super().__init__(dim, num_heads, **kwargs)
         self.window_size = window_size
         self.neighbours = neighbours
-        self.shift = window_size // 2 if shifted else 0
+        self.shifted = shifted
+        self.shift = 0
         self.grid_size: tuple[int, int] | None = None
         self.num_prefix_tokens = 0
 
-    def set_layout(self, grid_size: tuple[int, int], num_prefix_tokens: int) -> None:
-        """Tell the rows and columns of the grid and the tokens before it."""
+    def set_layout(
+        self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
+    ) -> None:
+        """Tell where tokens lie, and which block this is.
+
+        Args:
+            grid_size: Rows and columns of the token grid.
+            num_prefix_tokens: Tokens before the grid.
+            depth: Index of the block; shifted windows move in odd ones.
+        """
         self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
+        self.shift = self.window_size // 2 if self.shifted and depth % 2 else 0
+
+    def _guess_prefix(self, num_tokens: int) -> int:
+        if self.shifted:
+            raise ValueError(
+                "Shifted windows move in every second block, and this layer does not know which "
+                "it is in; call timm_xformers.set_token_layout(model)."
+            )
+        return guess_prefix(num_tokens)
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
@@ -293,7 +202,7 @@ class Local2dAttention(HeadsAttention):
         """Windowed attention per head, (B, H, N, D)."""
         grid, prefix = self.grid_size, self.num_prefix_tokens
         if grid is None:
-            prefix = guess_prefix(q.shape[2])
+            prefix = self._guess_prefix(q.shape[2])
             side = int((q.shape[2] - prefix) ** 0.5 + 0.5)
             grid = (side, side)
         # A shift of windows that cover a whole side would only tear it apart.
@@ -317,7 +226,10 @@ class Local2dAttention(HeadsAttention):
 
     def extra_repr(self) -> str:
         """Window, for printing."""
-        return f"window_size={self.window_size}, neighbours={self.neighbours}, shift={self.shift}"
+        return (
+            f"window_size={self.window_size}, neighbours={self.neighbours}, "
+            f"shifted={self.shifted}, shift={self.shift}"
+        )
 
 
 class Local1dAttention(Local2dAttention):
@@ -336,7 +248,7 @@ class Local1dAttention(Local2dAttention):
         """Windowed attention per head, (B, H, N, D)."""
         prefix = self.num_prefix_tokens
         if self.grid_size is None:
-            prefix = guess_prefix(q.shape[2])
+            prefix = self._guess_prefix(q.shape[2])
         length = q.shape[2] - prefix
         return local_attention(
             q,

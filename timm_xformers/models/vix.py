@@ -408,14 +408,14 @@ def vix_linformer(pretrained: bool = False, **kwargs: Any) -> ViX:
 
 @register_model
 def vix_local1d_w64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with windows of 64 in the flattened sequence, with neighbours."""
-    return _vix("vix_local1d_w64", "local1d_w64", pretrained, **kwargs)
+    """ViX with windows of 64 in the flattened sequence, shifted in every second block."""
+    return _vix("vix_local1d_w64", "local1d_w64_shifted", pretrained, **kwargs)
 
 
 @register_model
 def vix_local2d_w8(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with 8x8 windows of the grid, with neighbours."""
-    return _vix("vix_local2d_w8", "local2d_w8", pretrained, **kwargs)
+    """ViX with 8x8 windows of the grid, shifted in every second block."""
+    return _vix("vix_local2d_w8", "local2d_w8_shifted", pretrained, **kwargs)
 
 
 @register_model
