@@ -64,10 +64,13 @@ def orthogonal_directions(num_features: int, head_dim: int, seed: int) -> Tensor
     return omega.float()
 
 
-def _positive_features(y: Tensor, kernel: str, eps: float = FEATURE_EPS) -> Tensor:
-    """Features of a kernel without exponentials from y = x' Omega^T."""
+def _positive_features(x: Tensor, omega: Tensor, kernel: str, eps: float = FEATURE_EPS) -> Tensor:
+    """Features of a kernel without exponentials, from y = x Omega^T with Omega scaled already."""
+    # The constant rides on the matrix product; relu(y) + eps = max(y + eps, eps) then needs one
+    # pass in place instead of two over the largest tensor of the layer.
     if kernel == "relu":
-        return F.relu(y) + eps
+        return F.linear(x, omega, omega.new_full((omega.shape[0],), eps)).clamp_min_(eps)
+    y = F.linear(x, omega)
     if kernel == "gelu":  # its minimum is -0.169971
         return F.gelu(y) + (0.17 + eps)
     # elu + 1 rounds to exactly 0 below about -17 in float32.
@@ -87,14 +90,15 @@ def _performer(
     dtype = working_dtype(q.dtype, wide=logarithmic or is_causal)
     omega = (projection * q.shape[-1] ** -0.25).to(dtype)
     q, k = q.to(dtype), k.to(dtype)
+    if not logarithmic:
+        fq = _positive_features(q, omega, kernel)
+        fk = _positive_features(k, omega, kernel)
+        return mix_features(fq, fk, v.to(dtype), False, attn_mask, is_causal)
     fq, fk = F.linear(q, omega), F.linear(k, omega)  # (B, H, N, m)
     if kernel == "softmax":
         # eq. 7: w . k' - |k'|^2 / 2.
         fk = fk - k.square().sum(dim=-1, keepdim=True) * (0.5 * k.shape[-1] ** -0.5)
-    if not logarithmic:
-        fq, fk = _positive_features(fq, kernel), _positive_features(fk, kernel)
-        v = v.to(dtype)
-    return mix_features(fq, fk, v, logarithmic, attn_mask, is_causal)
+    return mix_features(fq, fk, v, True, attn_mask, is_causal)
 
 
 def performer_attention(

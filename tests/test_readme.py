@@ -1,0 +1,66 @@
+"""The README's blocks do what they say."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+
+from timm_xformers import cli
+from timm_xformers.training.recipe import shipped_recipes
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SHELL = [code for language, code in BLOCKS if language == "bash"]
+COMMANDS = [
+    line.split("timm-xformers ", 1)[1] if " && " in line else line.removeprefix("timm-xformers ")
+    for code in SHELL
+    for line in code.splitlines()
+    if re.search(r"(^|bin/)timm-xformers ", line)
+]
+
+
+def test_it_is_short_enough_to_read():
+    assert len(TEXT.splitlines()) < 200
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[-1][:40])
+def test_python_blocks_run(code, capsys):
+    exec(compile(code, "README.md", "exec"), {})
+    promised = re.findall(r"# (torch\.Size.*)$", code, flags=re.MULTILINE)
+    assert all(line in capsys.readouterr().out for line in promised)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    words = shlex.split(command)
+    assert words[0] in cli.COMMANDS
+    if "--recipe" in words:
+        assert words[words.index("--recipe") + 1] in shipped_recipes()
+    if "--model" in words:
+        model = words[words.index("--model") + 1]
+        assert model.startswith("local-dir:") or timm.is_model(model)
+    parser, _ = cli._parser()
+    parser.parse_args(words)
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 4
+    assert len(PYTHON) >= 2
+
+
+def test_names_in_the_tables_exist():
+    listed = set(timm.list_models("*vix*"))
+    named = set(re.findall(r"`((?:hybrid_)?vix_[a-z0-9_]+)`", TEXT))
+    assert len(named) > 8
+    assert named <= listed
+
+
+@pytest.mark.slow
+def test_train_and_evaluate_block_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = next(code for code in SHELL if "runs/pixels" in code)
+    for line in block.splitlines():
+        assert cli.main(shlex.split(line)[1:]) == 0
