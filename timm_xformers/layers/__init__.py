@@ -4,6 +4,9 @@ Each file holds one mechanism: a function on (B, H, N, D), then a module on (B, 
 arguments and parameter names of timm's `Attention`.
 """
 
+# timm first: its import loads our models, which need these layers finished, not half imported.
+import timm.models  # noqa: F401
+
 from timm_xformers.layers.factory import attention_class, list_attention
 from timm_xformers.layers.fnet import FNetMixing, fnet_mixing
 from timm_xformers.layers.layout import set_token_layout

@@ -26,7 +26,9 @@ def fnet_mixing(x: Tensor) -> Tensor:
         (B, N, C) in the type of ``x``; half precision is transformed in float32.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mixed: Tensor = torch.fft.fft2(wide, dim=(-2, -1), norm="ortho").real
+    # One axis at a time: torch 2.5 cannot export fft2.
+    channels: Tensor = torch.fft.fft(wide, dim=-1, norm="ortho")
+    mixed: Tensor = torch.fft.fft(channels, dim=-2, norm="ortho").real
     return mixed.to(x.dtype)
 
 

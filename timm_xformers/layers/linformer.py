@@ -199,10 +199,8 @@ class LinformerAttention(HeadsAttention):
         points = proj.shape[1]
         if self.grid_size is not None or points == length:
             return proj
-        if length > points:
-            sampled = F.interpolate(proj.unsqueeze(0), size=length, mode="linear")[0]
-        else:
-            sampled = F.adaptive_avg_pool1d(proj.unsqueeze(0), length)[0]
+        mode = "linear" if length > points else "area"
+        sampled = F.interpolate(proj.unsqueeze(0), size=length, mode=mode)[0]
         return sampled * (points / length)
 
     def mix(

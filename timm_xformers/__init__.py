@@ -1,0 +1,45 @@
+"""Efficient-attention models for timm, registered with timm as soon as the package is installed.
+
+PyTorch loads this module at the end of every ``import torch`` (see `registration`), so it stays
+light: neither torch nor timm is imported here, and public names resolve on first use.
+"""
+
+from __future__ import annotations
+
+from timm_xformers import registration
+
+TYPE_CHECKING = False  # typing's own flag costs an import; type checkers know this spelling
+if TYPE_CHECKING:
+    from timm_xformers.layers.factory import list_attention
+    from timm_xformers.layers.layout import set_token_layout
+    from timm_xformers.layers.performer import redraw_features
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "list_attention", "redraw_features", "set_token_layout"]
+
+# Where each public name lives; the import above for type checkers lists the same names.
+_LAZY = {
+    "list_attention": "timm_xformers.layers.factory",
+    "redraw_features": "timm_xformers.layers.performer",
+    "set_token_layout": "timm_xformers.layers.layout",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module on first use (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, those not yet imported included."""
+    return sorted({*globals(), *_LAZY})
+
+
+registration.install()
