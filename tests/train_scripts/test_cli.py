@@ -1,0 +1,173 @@
+"""The command line: answers at once, exits with the right code, the same from every door."""
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+from timm_xformers.cli import main
+from timm_xformers.training.results import Record
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "train_scripts"
+TINY = [
+    "--model",
+    "vix_performer_softmax_m32",
+    "--set",
+    "model_kwargs={patch_size: 4, embed_dim: 32, depth: 1}",
+    "--epochs",
+    "1",
+    "--set",
+    "warmup_epochs=0",
+]
+
+
+RECORD = Record(
+    kind="evaluate",
+    model="m",
+    model_kwargs={},
+    params=1,
+    data="digits",
+    img_size=8,
+    in_chans=1,
+    num_classes=10,
+    batch_size=1,
+    num_processes=1,
+    mixed_precision="no",
+    seconds=1.0,
+    images_per_s=1.0,
+    peak_memory_mib=None,
+    commit=None,
+    versions={},
+    hardware={},
+    created="",
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_script(name, arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    return stop.value.code
+
+
+def test_scripts_train_and_evaluate_our_model(monkeypatch, capsys, tmp_path):
+    assert run_script("train.py", [*TINY, "--output", "run", "--seed", "3"], monkeypatch) == 0
+    assert "Results are in run" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (record["seed"], record["model"]) == (3, "vix_performer_softmax_m32")
+
+    arguments = ["--model", "local-dir:run/best", "--output", "again.json"]
+    assert run_script("evaluate.py", arguments, monkeypatch) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "again.json").read_text())
+    assert printed["test_top1_percent"] == record["test_top1_percent"]
+    assert printed["test_loss"] == record["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("train --model vit_tiny_patch16_225", 2, "nearest: vit_tiny_patch16_224"),
+        ("train --recipe digts", 2, "nearest: digits"),
+        ("train --set learning_rate=1", 2, "no setting 'learning_rate'"),
+        ("train --set lr", 2, "key=value"),
+        ("train --epochs 0", 2, "at least 1"),
+        ("train --data mnist", 1, "needs a folder"),
+        ("train --data-dir nowhere", 1, "nowhere does not exist"),
+        ("train --resume nowhere", 1, "holds no run"),
+        ("train --resume nowhere --epochs 3", 2, "cannot change epochs"),
+        ("train --img-size 10 --model vit_tiny_patch16_224 --set model_kwargs.patch_size=4", 2,
+         "use 8 or 12"),
+        ("evaluate", 2, "Name a model"),
+        ("evaluate --model local-dir:nowhere", 1, "config.json is missing"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tmp_path):
+    assert main(arguments.split()) == code
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--epochs", "two"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: timm-xformers" in capsys.readouterr().err
+
+
+def test_missing_rights_are_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["train", *TINY, "--output", "file/run"]) == 1
+    assert "choose another --output" in capsys.readouterr().err
+    command = ["evaluate", "--model", "vit_tiny_patch16_224", "--output", "nowhere/r.json"]
+    monkeypatch.setattr("timm_xformers.training.evaluate.evaluate", lambda *_: RECORD)
+    assert main(command) == 1
+    assert "nowhere/r.tmp: No such file or directory" in capsys.readouterr().err
+    (tmp_path / "runs").write_text("")
+    assert main(["train", *TINY]) == 1
+    assert "Cannot create the run folder runs" in capsys.readouterr().err
+
+
+def test_missing_extra_gives_the_install_line(monkeypatch, capsys):
+    from importlib import util
+
+    find_spec = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda n: None if n == "accelerate" else find_spec(n))
+    assert main(["train"]) == 1
+    assert 'pip install "timm-xformers[train]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_answers_at_once_without_torch(command):
+    code = (
+        "import sys; from timm_xformers.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, "-c", code, command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=SCRIPTS.parent,
+        )
+        times.append(time.perf_counter() - start)
+        assert result.returncode == 0, result.stderr
+        for flag in ("--recipe", "--model", "--data-dir", "--batch-size", "--seed", "--set"):
+            assert flag in result.stdout
+    assert min(times) < 0.5
+
+
+def test_data_set_chooses_its_recipe(monkeypatch):
+    from timm_xformers.training.commands import options
+    from timm_xformers.training.recipe import Recipe, load_recipe
+
+    def recipe_of(text):
+        parser = options.argparse.ArgumentParser()
+        options.add_recipe_options(parser)
+        return options.recipe_from(parser.parse_args(text.split()))
+
+    assert recipe_of("") == load_recipe("digits", {})
+    assert recipe_of("--data mnist --seed 4") == load_recipe("mnist", {"seed": 4})
+    assert recipe_of("--data-dir x") == Recipe(data="folder", data_dir="x")
+    assert recipe_of("--data cifar10 --set lr=0.5") == Recipe(data="cifar10", lr=0.5)
+    assert recipe_of("--recipe mnist --data-dir x").data == "mnist"

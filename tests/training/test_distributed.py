@@ -1,0 +1,75 @@
+"""Two processes against one with the same global batch, through a real launcher."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from timm_xformers.training.history import read_history
+from timm_xformers.training.results import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = [
+    str(ROOT / "train_scripts" / "train.py"),
+    "--model=vit_tiny_patch16_224",
+    "--set=model_kwargs={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}",
+    "--set=crop_pad=1",
+    "--set=rotate_degrees=10",
+    "--set=model_ema_decay=0.9",
+    "--set=grad_accum_steps=2",
+    "--set=clip_grad=1",
+]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def launch(processes, *arguments):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *COMMON, *arguments]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path):
+    for processes, batch_size in ((1, 64), (2, 32)):
+        command = launch(
+            processes, f"--batch-size={batch_size}", f"--output=run{processes}", "--epochs=3"
+        )
+        result = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        # Only one process speaks.
+        assert result.stderr.count("epoch 3/3") == 1
+        assert result.stdout.count("Results are in") == 1
+
+    one, two = (read_history(tmp_path / f"run{n}" / "results.csv") for n in (1, 2))
+    for left, right in zip(one, two, strict=True):
+        assert left.train_images == right.train_images
+        assert left.train_loss == pytest.approx(right.train_loss, abs=2e-4)
+        assert left.val_loss == pytest.approx(right.val_loss, abs=2e-4)
+        assert left.val_top1_percent == pytest.approx(right.val_top1_percent, abs=1)
+    records = [Record.load(tmp_path / f"run{n}" / "results.json") for n in (1, 2)]
+    assert [record.num_processes for record in records] == [1, 2]
+    assert {record.test_images for record in records} == {599}
+    assert records[0].test_loss == pytest.approx(records[1].test_loss, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_interrupt_signal_ends_with_130_and_can_be_resumed(tmp_path):
+    command = launch(1, "--output=run", "--epochs=500")
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.txt"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "epoch 3/500" in log.read_text()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    epoch = int(re.search(r"last holds the state after epoch (\d+)", said)[1])
+    assert len(read_history(tmp_path / "run" / "results.csv")) in (epoch, epoch + 1)

@@ -1,0 +1,12 @@
+"""Training and evaluation of timm models; needs the extra ``timm-xformers[train]``.
+
+This package reaches models only through `timm.create_model`, so it trains timm's own names as well
+as ours. The modules, from the outside in:
+
+* `train`, `evaluate`: one run from a recipe to a record.
+* `recipe`: every setting of a run, with its bounds.
+* `data`, `memory`, `loader`, `augment`: where images come from and how they become batches.
+* `order`: which sample is drawn when, as a function of the seed.
+* `build`, `optim`, `loop`: the model, what updates it, one epoch.
+* `checkpoint`, `results`, `history`, `curves`, `progress`: what a run leaves behind.
+"""

@@ -1,0 +1,125 @@
+"""A model by name, with every way that can fail turned into one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from timm_xformers.training.errors import UsageError, UserError, nearest
+
+__all__ = ["build_model", "check_input"]
+
+
+def build_model(
+    name: str,
+    *,
+    img_size: int | None = None,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+    **kwargs: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Create a model through timm.
+
+    Args:
+        name: Registered name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
+        img_size: Side of the input; left out for models that take any size.
+        pretrained: Load the weights that belong to the name.
+        checkpoint: File with other weights for it.
+        kwargs: Further arguments of the model.
+
+    Returns:
+        The model, and all arguments that build it again from its architecture's name.
+
+    Raises:
+        UserError: The name is unknown, the arguments do not fit or the weights do not load.
+    """
+    _check_name(name)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"There is no checkpoint {checkpoint}; name a .safetensors or .pth file.")
+    path = "" if checkpoint is None else str(checkpoint)
+    given = _stored_arguments(name) | kwargs | {"img_size": img_size}
+    # timm drops None before it looks at the name; so do we, to store what was used.
+    arguments = {key: value for key, value in given.items() if value is not None}
+    try:
+        try:
+            model = timm.create_model(
+                name, pretrained=pretrained, checkpoint_path=path, **arguments
+            )
+        except TypeError as error:
+            # Convolutional families take any size and no such argument.
+            if "'img_size'" not in str(error):
+                raise
+            del arguments["img_size"]
+            model = timm.create_model(
+                name, pretrained=pretrained, checkpoint_path=path, **arguments
+            )
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise UserError(f"Cannot build {name}({words}): {_one_line(error)}") from error
+    return model, arguments
+
+
+def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Try one input, so that a size or a channel count that does not fit is known at once.
+
+    Args:
+        model: On the CPU.
+        shape: (C, H, W).
+
+    Raises:
+        UserError: With the reason.
+    """
+    height = shape[1]
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, tuple) else patch
+    # timm's patch embedding cuts the rest off without a word.
+    if isinstance(side, int) and height % side:
+        low = height // side * side
+        choices = f"{low} or {low + side}" if low else str(side)
+        raise UsageError(
+            f"img_size={height} is not a multiple of patch_size={side}; use {choices}."
+        )
+    mode = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *shape))
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"The model does not take images of {'x'.join(map(str, shape))}: {_one_line(error)}"
+        ) from error
+    finally:
+        model.train(mode)
+
+
+def _check_name(name: str) -> None:
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix == "local-dir":
+        if not (Path(rest) / "config.json").is_file():
+            raise UserError(
+                f"{rest} holds no model: config.json is missing; name a folder such as RUN/best."
+            )
+    elif not colon and not timm.is_model(name):
+        known = timm.list_models()
+        raise UsageError(
+            f"Unknown model {name!r}{nearest(name.partition('.')[0], known)}; "
+            "timm.list_models() has all names."
+        )
+
+
+def _stored_arguments(name: str) -> dict[str, Any]:
+    """What a saved folder says about its model; the weights made from it must say it again."""
+    prefix, _, folder = name.partition(":")
+    if prefix != "local-dir":
+        return {}
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return dict(config.get("model_args") or {})
+    except (AttributeError, OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json is damaged: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

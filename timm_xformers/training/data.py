@@ -1,0 +1,205 @@
+"""The data of a run: train, validation and test splits, what they hold, and their batches."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch import Tensor
+
+from timm_xformers.training.augment import Augmentation
+from timm_xformers.training.errors import UsageError, UserError
+from timm_xformers.training.loader import LoaderBatches
+from timm_xformers.training.memory import MemoryBatches, decode
+from timm_xformers.training.order import stratified_split
+from timm_xformers.training.preprocessing import Preprocessing
+from timm_xformers.training.rawsplit import RawSplit
+from timm_xformers.training.recipe import Recipe
+from timm_xformers.training.sources import KNOWN_SETS, open_source
+
+__all__ = ["Batches", "Data", "make_batches", "open_data"]
+
+MEMORY_ONLY = ("crop_pad", "rotate_degrees", "shear_degrees", "zoom")
+LOADER_ONLY = ("min_crop_area", "color_jitter", "auto_augment")
+
+
+class Batches(Protocol):
+    """One split, ready to be drawn from."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def batches(self, order: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images (B, C, H, W) and labels (B,) for each tensor of positions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """Splits and what they hold.
+
+    Attributes:
+        train: Images that training sees.
+        val: Images that choose the best epoch; None if there are none.
+        test: Images read once, at the end; None if there are none.
+        num_classes: Width of a classifier for them.
+        in_chans: Colour channels.
+        class_names: By label; empty if the source does not name them.
+        img_size: Side of the images in pixels, where it is known and one.
+        mean: Per channel, of images in [0, 1].
+        std: Per channel, of images in [0, 1].
+        in_memory: Whether batches are made from decoded images.
+    """
+
+    train: RawSplit
+    val: RawSplit | None
+    test: RawSplit | None
+    num_classes: int
+    in_chans: int
+    class_names: tuple[str, ...]
+    img_size: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    in_memory: bool
+
+    def normalize_like_this(self, preprocessing: Preprocessing) -> Preprocessing:
+        """A model's size and channels with this data's normalisation, images kept whole."""
+        return dataclasses.replace(
+            preprocessing, mean=self.mean, std=self.std, crop_pct=1.0, interpolation="bicubic"
+        )
+
+    def split(self, name: str) -> RawSplit:
+        """A split by name.
+
+        Raises:
+            UserError: The data set has none of this name.
+        """
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        found = splits[name]
+        if found is None:
+            present = ", ".join(key for key, value in splits.items() if value is not None)
+            raise UserError(f"The data set has no {name} split; it has {present}.")
+        return found
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Open the data of a recipe and set a validation part aside.
+
+    The part depends on the data and ``val_fraction`` alone, so that runs over several seeds are
+    chosen by the same images.
+
+    Raises:
+        UserError: The data is missing, empty or does not fit the recipe.
+    """
+    source = open_source(recipe)
+    known = KNOWN_SETS.get(recipe.data)
+    in_memory = recipe.in_memory if recipe.in_memory is not None else known is not None
+    _refuse_unread(recipe, in_memory)
+
+    train, val = source.train, source.val
+    if val is None and recipe.val_fraction:
+        keep, held = stratified_split(train.labels, recipe.val_fraction, "val")
+        if len(held) == 0:
+            raise UserError(
+                f"val_fraction={recipe.val_fraction} of {len(train)} training images is none; "
+                "raise it, or use 0 to do without validation."
+            )
+        train, val = train.subset(keep), train.subset(held)
+
+    splits = [split for split in (source.train, source.val, source.test) if split is not None]
+    lowest = min(int(split.labels.min()) for split in splits)
+    highest = max(int(split.labels.max()) for split in splits)
+    num_classes = recipe.num_classes or max(len(source.class_names), highest + 1)
+    if lowest < 0 or highest >= num_classes:
+        wrong = lowest if lowest < 0 else highest
+        raise UserError(
+            f"Label {wrong} is out of range: {num_classes} classes have labels 0 to "
+            f"{num_classes - 1}; correct the labels or num_classes."
+        )
+    if num_classes < 2:
+        raise UserError(
+            "The images form one class, and training needs two; put each class into a folder of "
+            "its own."
+        )
+
+    in_chans = 1 if train.mode == "L" else 3
+    if known is not None and known.in_chans == in_chans:
+        mean, std = known.mean, known.std
+    elif in_chans == 3:
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    else:
+        mean, std = (0.5,), (0.5,)
+    return Data(
+        train=train,
+        val=val,
+        test=source.test,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        class_names=source.class_names if len(source.class_names) == num_classes else (),
+        img_size=known.img_size if known else None,
+        mean=mean,
+        std=std,
+        in_memory=in_memory,
+    )
+
+
+def make_batches(
+    split: RawSplit,
+    recipe: Recipe,
+    preprocessing: Preprocessing,
+    *,
+    in_memory: bool,
+    training: bool,
+    device: torch.device,
+) -> Batches:
+    """Decode a split, or prepare to, for training (augmented) or evaluation."""
+    if in_memory:
+        strengths = Augmentation(
+            hflip=recipe.hflip,
+            crop_pad=recipe.crop_pad,
+            rotate_degrees=recipe.rotate_degrees,
+            shear_degrees=recipe.shear_degrees,
+            zoom=recipe.zoom,
+            re_prob=recipe.re_prob,
+        )
+        return MemoryBatches(
+            decode(split, preprocessing),
+            split.labels,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            device=device,
+            augmentation=strengths if training else None,
+            seed=recipe.seed,
+        )
+    transform = preprocessing.transform()
+    if training:
+        jitter: Any = recipe.color_jitter or None  # None is off, and timm's type forgets it
+        transform = create_transform(
+            preprocessing.shape,
+            is_training=True,
+            scale=(recipe.min_crop_area, 1.0),
+            hflip=recipe.hflip,
+            color_jitter=jitter,
+            auto_augment=recipe.auto_augment,
+            re_prob=recipe.re_prob,
+            interpolation=preprocessing.interpolation,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+        )
+    return LoaderBatches(
+        split, transform, device=device, num_workers=recipe.num_workers, seed=recipe.seed
+    )
+
+
+def _refuse_unread(recipe: Recipe, in_memory: bool) -> None:
+    """A setting that the chosen path would ignore is a mistake worth a word."""
+    defaults = Recipe()
+    for name in LOADER_ONLY if in_memory else MEMORY_ONLY:
+        if getattr(recipe, name) != getattr(defaults, name):
+            raise UsageError(
+                f"{name} works only {'from files' if in_memory else 'in memory'}; drop it, or use "
+                f"--set in_memory={'false' if in_memory else 'true'}."
+            )

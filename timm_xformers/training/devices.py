@@ -1,0 +1,25 @@
+"""Processes, devices and precision of a run."""
+
+import torch
+from accelerate import Accelerator
+
+from timm_xformers.training.errors import UserError
+
+__all__ = ["make_accelerator"]
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """Join the processes that the launcher started, on the devices there are.
+
+    Args:
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+
+    Raises:
+        UserError: The precision needs a device that is not there.
+    """
+    found = torch.cuda.is_available() or torch.xpu.is_available()
+    found = found or torch.backends.mps.is_available()
+    if mixed_precision == "fp16" and not found:
+        raise UserError("mixed_precision=fp16 needs a GPU, and there is none; use bf16 or no.")
+    # Without a GPU, accelerate joins several processes only if it is told to stay on the CPU.
+    return Accelerator(cpu=not found, mixed_precision=mixed_precision)

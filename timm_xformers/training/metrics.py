@@ -1,0 +1,95 @@
+"""One pass of evaluation, on any number of processes."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_xformers.training.data import Batches
+from timm_xformers.training.order import eval_batches
+
+__all__ = ["Metrics", "add_up", "evaluate_model"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures over one split.
+
+    Attributes:
+        loss: Mean cross-entropy.
+        top1: Images whose best class is right.
+        top5: Images whose five best classes hold the right one.
+        images: Images seen.
+    """
+
+    loss: float
+    top1: int
+    top5: int
+    images: int
+
+    @property
+    def top1_percent(self) -> float:
+        """Share of right answers."""
+        return 100 * self.top1 / self.images
+
+    @property
+    def top5_percent(self) -> float:
+        """Share of images whose five best classes hold the right one."""
+        return 100 * self.top5 / self.images
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module, data: Batches, batch_size: int, accelerator: Accelerator
+) -> Metrics:
+    """Evaluate a model on every image of a split exactly once.
+
+    Each process takes every n-th batch and the sums are added up, so no image is seen twice, which
+    padding to equal shares would do.
+
+    Args:
+        model: Plain model: processes have different numbers of batches, and a wrapped one waits
+            for the others in every forward pass.
+        data: The split.
+        batch_size: Images per pass.
+        accelerator: Devices and processes.
+    """
+    order = eval_batches(
+        len(data),
+        batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for images, labels in data.batches(order):
+        with accelerator.autocast():
+            logits = model(images).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (B, 5)
+        hits = best == labels[:, None]
+        values = [
+            float(losses.cpu().double().sum()),
+            int(hits[:, 0].sum()),
+            int(hits.sum()),
+            len(labels),
+        ]
+        sums += torch.tensor(values, dtype=torch.float64)
+    sums = add_up(accelerator, sums)
+    images_seen = int(sums[3])
+    return Metrics(
+        loss=float(sums[0]) / images_seen,
+        top1=int(sums[1]),
+        top5=int(sums[2]),
+        images=images_seen,
+    )
+
+
+def add_up(accelerator: Accelerator, sums: Tensor) -> Tensor:
+    """Sums over all processes, on the CPU."""
+    if accelerator.num_processes == 1:
+        return sums
+    total: Tensor = accelerator.reduce(sums.to(accelerator.device))
+    return total.cpu()

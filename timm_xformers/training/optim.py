@@ -1,0 +1,95 @@
+"""What updates the weights: timm's optimisers, schedules, losses, mixing and averaged weights."""
+
+from typing import Any
+
+import timm.optim
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from timm_xformers.training.errors import UsageError, nearest
+from timm_xformers.training.recipe import Recipe
+
+__all__ = ["make_criterion", "make_ema", "make_mixup", "make_optimizer", "make_scheduler"]
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """Create timm's optimiser, with its groups for weight decay and layer decay."""
+    known = [str(name) for name in timm.optim.list_optimizers()]
+    if recipe.opt not in known:
+        raise UsageError(
+            f"Unknown optimiser opt={recipe.opt!r}{nearest(recipe.opt, known)}; "
+            "timm.optim.list_optimizers() has all names."
+        )
+    layer_decay = recipe.layer_decay if recipe.layer_decay < 1 else None
+    options: dict[str, Any] = dict(recipe.opt_kwargs)
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=recipe.opt,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            layer_decay=layer_decay,
+            **options,
+        )
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"opt={recipe.opt} with opt_kwargs={options}: {error}") from error
+
+
+def make_scheduler(
+    optimizer: Optimizer, recipe: Recipe, updates_per_epoch: int
+) -> Scheduler | None:
+    """Create timm's schedule, a function of the number of updates; None keeps the rate."""
+    # timm warms up from 1e-5, which would be a step down for a smaller rate.
+    options: dict[str, Any] = {
+        "warmup_lr": min(1e-5, recipe.lr),
+        "warmup_epochs": recipe.warmup_epochs,
+        "min_lr": recipe.min_lr,
+        **recipe.sched_kwargs,
+    }
+    scheduler: Scheduler | None
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **options,
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"sched={recipe.sched} with sched_kwargs={options}: {error}") from error
+    return scheduler
+
+
+def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+    """Create timm's mixup and CutMix; the labels they return are soft, smoothing included."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        label_smoothing=recipe.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def make_criterion(recipe: Recipe) -> nn.Module:
+    """The training loss that fits the labels: classes, or the soft labels of mixup."""
+    if recipe.mixup or recipe.cutmix:
+        return SoftTargetCrossEntropy()  # type: ignore[no-untyped-call]
+    if recipe.smoothing:
+        return LabelSmoothingCrossEntropy(recipe.smoothing)  # type: ignore[no-untyped-call]
+    return nn.CrossEntropyLoss()
+
+
+def make_ema(model: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:
+    """Averaged weights; their decay warms up, else a short run would average its random start."""
+    if not recipe.model_ema_decay:
+        return None
+    return ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True)

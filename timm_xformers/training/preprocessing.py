@@ -1,0 +1,78 @@
+"""How an image becomes a model's input: a property of the weights, so it travels with them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+__all__ = ["Preprocessing"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Size, channels and normalisation.
+
+    Attributes:
+        img_size: Side of the square input in pixels.
+        in_chans: Colour channels.
+        mean: Per channel, of images in [0, 1].
+        std: Per channel, of images in [0, 1].
+        crop_pct: Share of the image's short side that evaluation keeps.
+        interpolation: Resampling of images of another size.
+    """
+
+    img_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def of_model(
+        cls, model: nn.Module, img_size: int | None = None, in_chans: int | None = None
+    ) -> "Preprocessing":
+        """What a model's weights were trained with, unless it was built for other inputs.
+
+        Args:
+            model: A timm model.
+            img_size: The size it was built for, if that was asked for.
+            in_chans: The channels it was built for, likewise.
+        """
+        config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        channels, height, _ = config["input_size"]
+        channels = in_chans or channels
+        return cls(
+            img_size=img_size or height,
+            in_chans=channels,
+            mean=_per_channel(config["mean"], channels),
+            std=_per_channel(config["std"], channels),
+            crop_pct=config["crop_pct"],
+            interpolation=config["interpolation"],
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one input."""
+        return self.in_chans, self.img_size, self.img_size
+
+    def transform(self, *, normalize: bool = True) -> Callable[[Any], Tensor]:
+        """The evaluation transform: PIL image to (C, H, W), uint8 unless normalised."""
+        transform: Callable[[Any], Tensor] = create_transform(
+            self.shape,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            normalize=normalize,
+        )
+        return transform
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """The values, or their average if they were made for another number of channels."""
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels

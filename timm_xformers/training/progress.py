@@ -1,0 +1,122 @@
+"""What a run says: a progress bar on a terminal, one line per epoch elsewhere, all of it logged."""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from timm_xformers.training.history import EpochRow
+from timm_xformers.training.results import Record
+from timm_xformers.training.session import Session
+
+__all__ = ["Progress", "epoch_line", "headline", "summary"]
+
+
+class Progress:
+    """Speaks for one run, on the main process.
+
+    Args:
+        log_path: File that receives every line; None writes none.
+        total_steps: Batches of the whole run.
+        done_steps: Batches of earlier sessions.
+        speaking: False for the other processes.
+    """
+
+    def __init__(
+        self, log_path: Path | None, total_steps: int, done_steps: int, *, speaking: bool
+    ) -> None:
+        self.speaking = speaking
+        self.log = log_path.open("a", encoding="utf-8") if log_path and speaking else None
+        self.total_steps = total_steps
+        self.start_steps = done_steps
+        self.start = time.perf_counter()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=done_steps,
+            unit="step",
+            disable=not (speaking and sys.stderr.isatty()),
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+        if self.log is not None:
+            self.log.close()
+
+    def say(self, text: str) -> None:
+        """Show a line and log it."""
+        if not self.speaking:
+            return
+        # Above the bar, if there is one.
+        self.bar.write(text, file=sys.stderr)
+        sys.stderr.flush()
+        if self.log is not None:
+            self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self.log.flush()
+
+    def at(
+        self, step: int, epoch: str, loss: float, top1_percent: float, images_per_s: float
+    ) -> None:
+        """Move the bar to a step of the run."""
+        if self.bar.disable:
+            return
+        self.bar.set_description(epoch, refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, top-1 {top1_percent:.1f} %, {images_per_s:.0f} images/s",
+            refresh=False,
+        )
+        self.bar.update(step - self.bar.n)
+
+    def remaining(self, step: int) -> str:
+        """Words for the time that is left, judged by this session's steps."""
+        done = step - self.start_steps
+        seconds = (time.perf_counter() - self.start) / max(done, 1) * (self.total_steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes}:{seconds:02d}"
+
+
+def headline(session: Session, root: Path) -> str:
+    """What is about to be trained."""
+    data = session.data
+    sizes = (("training", data.train), ("validation", data.val), ("test", data.test))
+    images = ", ".join(f"{len(split)} {name}" for name, split in sizes if split is not None)
+    return (
+        f"{session.recipe.model}: {session.num_params:,} parameters on {session.recipe.data} "
+        f"({images} images of {session.preprocessing.img_size} px), "
+        f"{session.accelerator.num_processes} x {session.accelerator.device.type}, into {root}"
+    )
+
+
+def epoch_line(row: EpochRow, epochs: int, remaining: str) -> str:
+    """How an epoch went."""
+    text = (
+        f"epoch {row.epoch}/{epochs}  loss {row.train_loss:.4f}  "
+        f"top-1 {row.train_top1_percent:.2f} %"
+    )
+    if row.val_loss is not None:
+        text += f"  validation: loss {row.val_loss:.4f}  top-1 {row.val_top1_percent:.2f} %"
+    return f"{text}  {row.train_images / row.train_seconds:.0f} images/s  {remaining} left"
+
+
+def summary(record: Record) -> str:
+    """How a run ended."""
+    parts = [f"best epoch {record.best_epoch}"]
+    for name, percent, interval in (
+        ("validation", record.val_top1_percent, record.val_top1_interval_percent),
+        ("test", record.test_top1_percent, record.test_top1_interval_percent),
+    ):
+        if percent is not None and interval is not None:
+            parts.append(f"{name} top-1 {percent:.2f} % (95 %: {interval[0]} to {interval[1]})")
+    parts.append(f"{record.seconds:.0f} s of training at {record.images_per_s:.0f} images/s")
+    return ", ".join(parts)

@@ -1,0 +1,289 @@
+"""Every setting of a run: typed fields with bounds, read from YAML and the command line.
+
+Precedence: command line over recipe file over the defaults below. Reading imports no torch, so that
+a mistake in a recipe is reported at once.
+"""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from timm_xformers.training.errors import UsageError, nearest
+
+__all__ = ["Recipe", "load_recipe", "parse_assignments", "shipped_recipes"]
+
+T = TypeVar("T")
+
+
+def _bounded(
+    default: T,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    choices: Sequence[str] = (),
+) -> T:
+    """A dataclass field whose values `Recipe` checks against a range or a list of words."""
+    metadata: dict[str, Any] = {
+        "low": low,
+        "high": high,
+        "open_low": open_low,
+        "choices": tuple(choices),
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of one run. Zero switches a technique off wherever it can be off."""
+
+    # Name for timm.create_model, or local-dir:FOLDER, hf-hub:OWNER/NAME.
+    model: str = "hybrid_vix_performer_softmax_m32"
+    # Further arguments of the model, such as {patch_size: 4}.
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Start from the model's published weights instead of random ones.
+    pretrained: bool = False
+
+    # digits, mnist, fashion_mnist, cifar10, cifar100, folder, or a timm scheme such as hfds/NAME.
+    data: str = "digits"
+    # Where the data set lies; digits needs none.
+    data_dir: str | None = None
+    # Names of the splits; null looks for the usual ones.
+    train_split: str | None = None
+    val_split: str | None = None
+    test_split: str | None = None
+    # Let torchvision download the set into data_dir if it is not there.
+    download: bool = False
+    # Decode everything once to uint8 and augment in batches; null: do so for the sets named above.
+    in_memory: bool | None = None
+    # Side of the square input in pixels; null: the data set's own, or the model's.
+    img_size: int | None = _bounded(None, low=1)
+    # Colour channels; null: as the data set has them.
+    in_chans: int | None = _bounded(None, low=1)
+    # Width of the classifier; null: as many as the data set has classes.
+    num_classes: int | None = _bounded(None, low=2)
+    # Stratified share of the training set that chooses the best epoch; 0: keep the last epoch.
+    val_fraction: float = _bounded(0.1, low=0.0, high=0.5)
+
+    epochs: int = _bounded(30, low=1)
+    # Images per process and pass.
+    batch_size: int = _bounded(64, low=1)
+    # Passes whose gradients are averaged before one update.
+    grad_accum_steps: int = _bounded(1, low=1)
+    # Name of a timm optimiser, and further arguments of it, such as {betas: [0.9, 0.95]}.
+    opt: str = "adamw"
+    opt_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lr: float = _bounded(1e-3, low=0.0, open_low=True)
+    weight_decay: float = _bounded(0.05, low=0.0)
+    # Factor on the learning rate from each layer to the one before it; 1: the same for all.
+    layer_decay: float = _bounded(1.0, low=0.0, high=1.0, open_low=True)
+    # timm's schedule, stepped at every update, and further arguments of it.
+    sched: str = _bounded(
+        "cosine", choices=("cosine", "tanh", "poly", "step", "multistep", "wsd", "none")
+    )
+    sched_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    warmup_epochs: float = _bounded(1.0, low=0.0)
+    min_lr: float = _bounded(1e-6, low=0.0)
+
+    # Label smoothing.
+    smoothing: float = _bounded(0.0, low=0.0, high=0.9)
+    # Beta parameters of mixup and CutMix.
+    mixup: float = _bounded(0.0, low=0.0)
+    cutmix: float = _bounded(0.0, low=0.0)
+    # Largest norm of the gradient.
+    clip_grad: float = _bounded(0.0, low=0.0)
+    drop_path_rate: float = _bounded(0.0, low=0.0, high=0.9)
+    # Decay per update of averaged weights, which are then the ones evaluated and kept in best/.
+    model_ema_decay: float = _bounded(0.0, low=0.0, high=0.99999)
+    mixed_precision: str = _bounded("no", choices=("no", "bf16", "fp16"))
+
+    # Augmentation in both paths: probabilities of a horizontal flip and of an erased rectangle.
+    hflip: float = _bounded(0.0, low=0.0, high=1.0)
+    re_prob: float = _bounded(0.0, low=0.0, high=1.0)
+    # In memory only: largest shift in pixels, turn and shear in degrees, and zoom as a share (0.1:
+    # between 1 / 1.1 and 1.1).
+    crop_pad: int = _bounded(0, low=0)
+    rotate_degrees: float = _bounded(0.0, low=0.0, high=180.0)
+    shear_degrees: float = _bounded(0.0, low=0.0, high=60.0)
+    zoom: float = _bounded(0.0, low=0.0, high=1.0)
+    # From files only: smallest share of the image that a random crop keeps, strength of colour
+    # jitter, and a policy in timm's notation, such as rand-m9-mstd0.5.
+    min_crop_area: float = _bounded(0.5, low=0.0, high=1.0, open_low=True)
+    color_jitter: float = _bounded(0.0, low=0.0)
+    auto_augment: str | None = None
+
+    # Processes that decode images when they come from files.
+    num_workers: int = _bounded(2, low=0)
+    seed: int = _bounded(0, low=0)
+    # Run folder; null: runs/MODEL-DATA-N.
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check types and bounds.
+
+        Raises:
+            UsageError: The first field that does not fit, with what it allows.
+        """
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check(field, hints[field.name], getattr(self, field.name))
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UsageError(
+                f"batch_size={self.batch_size} is odd, and mixup and cutmix pair the images of a "
+                "batch; use an even batch_size."
+            )
+        if self.warmup_epochs > self.epochs:
+            raise UsageError(
+                f"warmup_epochs={self.warmup_epochs:g} is longer than epochs={self.epochs}; "
+                "lower it."
+            )
+
+    @property
+    def digest(self) -> str:
+        """Hash of what shapes the result, equal for runs that differ in seed, paths or workers."""
+        values = dataclasses.asdict(self)
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if hint is float:
+                values[name] = float(values[name])  # 1 and 1.0 are one setting
+        for name in ("seed", "output", "data_dir", "num_workers", "download"):
+            del values[name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write every field as YAML."""
+        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
+    optional = isinstance(hint, types.UnionType)
+    kind = typing.get_args(hint)[0] if optional else hint
+    kind = typing.get_origin(kind) or kind
+    if value is None and optional:
+        return
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        allowed = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        allowed_text = allowed.get(kind, "a mapping such as {name: value}")
+        raise UsageError(
+            f"{field.name}={value!r} has the wrong type; it takes {allowed_text}"
+            f"{' or null' if optional else ''}."
+        )
+    if isinstance(value, dict):
+        for key in value:
+            if not str(key).isidentifier():
+                raise UsageError(
+                    f"{field.name} has the key {str(key)!r}, which is no name; in YAML a space "
+                    "follows the colon: {patch_size: 4}."
+                )
+    bounds = field.metadata
+    if bounds.get("choices") and value not in bounds["choices"]:
+        raise UsageError(f"{field.name}={value!r} is unknown; use {', '.join(bounds['choices'])}.")
+    if bounds and kind in (int, float):
+        low, high = bounds["low"], bounds["high"]
+        below = value <= low if bounds["open_low"] else value < low
+        if below or value > high or not math.isfinite(value):
+            words = [f"above {low:g}" if bounds["open_low"] else f"at least {low:g}"]
+            words += [f"at most {high:g}"] if high < math.inf else []
+            raise UsageError(f"{field.name}={value!r} is out of range; use {' and '.join(words)}.")
+
+
+def load_recipe(source: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from a file and values that go over it.
+
+    Args:
+        source: Path of a YAML file, or the name of a shipped recipe; None takes the defaults.
+        overrides: Field names to values; ``model_kwargs.patch_size`` reaches into a mapping.
+
+    Raises:
+        UsageError: No such recipe, an unknown key, a value of the wrong type or out of range.
+    """
+    values = {} if source is None else _read(_find(source))
+    for key, value in overrides.items():
+        name, _, entry = key.partition(".")
+        if entry:
+            known = values.get(name) or {}
+            values[name] = {**known, entry: value} if isinstance(known, dict) else known
+        else:
+            values[name] = value
+
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    for key in values:
+        if key not in names:
+            raise UsageError(
+                f"The recipe has no setting {key!r}{nearest(str(key), names)}; "
+                f"known are {', '.join(names)}."
+            )
+    hints = typing.get_type_hints(Recipe)
+    return Recipe(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Turn ``key=value`` texts into overrides; values are YAML."""
+    values: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {text!r} is not of the form key=value, such as lr=0.001.")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {text!r}: the value is not YAML; quote it.") from error
+    return values
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes by name: from the installed package, else from the checkout it runs from."""
+    package = Path(str(importlib.resources.files("timm_xformers")))
+    for folder in (package / "recipes", package.parent / "train_scripts" / "recipes"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def _find(source: str) -> Path:
+    shipped = shipped_recipes()
+    if source in shipped:
+        return shipped[source]
+    path = Path(source)
+    if not path.is_file():
+        raise UsageError(
+            f"No recipe {source!r}: neither a file nor a shipped name{nearest(source, shipped)}; "
+            f"shipped are {', '.join(shipped)}."
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise UsageError(f"{path} is not a YAML file: {detail}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no settings; a recipe is a list of lines 'key: value'.")
+    return values
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """Undo two surprises of YAML 1.1: 1e-3 is text to it, and no is false."""
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, str) and float in kinds:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if float in kinds and type(value) is int:
+        return float(value)
+    if name == "mixed_precision" and value is False:
+        return "no"
+    return value
