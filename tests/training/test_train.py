@@ -18,6 +18,7 @@ from timm_xformers.training.checkpoint import write_folder
 from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.evaluate import evaluate
 from timm_xformers.training.history import read_history
+from timm_xformers.training.loop import _LossWatch
 from timm_xformers.training.recipe import Recipe, load_recipe
 from timm_xformers.training.results import Record
 from timm_xformers.training.train import resume, train
@@ -300,3 +301,12 @@ def test_progress_bar_on_a_terminal(tiny, monkeypatch):
     assert "images/s" in text
     assert "top-1" in text
     assert "/32 [" in text  # steps of the whole run
+
+
+def test_mixed_images_count_by_their_heavier_label():
+    watch = _LossWatch(epoch=1, num_batches=1)
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    watch.add(torch.tensor(0.5), logits, torch.tensor([[0.3, 0.7], [0.4, 0.6]]))
+    assert watch.read() == (0.5, 50.0)
+    watch.add(torch.tensor(1.5), logits, torch.tensor([0, 1]))
+    assert watch.read() == (1.0, 75.0)

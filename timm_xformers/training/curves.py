@@ -57,13 +57,16 @@ def plot_curves(path: Path, rows: list[EpochRow], record: Record) -> None:
             [best_epoch],
             [best_value],
             marker="o",
+            markersize=9,
+            markerfacecolor="none",  # a ring, to leave the point inside visible
             color="black",
             linestyle="none",
             label=f"kept: epoch {best_epoch}, {best_value:.4g}",
         )
         axes.set_xlabel("Epoch")
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(0.5, len(rows) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)

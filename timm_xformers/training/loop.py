@@ -35,7 +35,8 @@ class EpochStats:
 
     Attributes:
         loss: Mean of the training loss.
-        top1_percent: Right answers on the augmented images, before each update.
+        top1_percent: Right answers on the augmented images, before each update; of two mixed
+            images, the heavier one counts.
         seconds: Wall time.
         wait_seconds: Part of it spent waiting for batches.
         images: Images trained on.
@@ -119,8 +120,8 @@ class Trainer:
             # The last group of an epoch may be smaller than the others.
             group = number // self.grad_accum_steps * self.grad_accum_steps
             group_size = min(self.grad_accum_steps, len(order) - group)
-            loss, logits = self._pass(images, labels, number - group, group_size)
-            watch.add(loss, logits, labels)
+            loss, logits, targets = self._pass(images, labels, number - group, group_size)
+            watch.add(loss, logits, targets)
             now = time.perf_counter()
             if now - reported > REPORT_SECONDS:
                 reported = now
@@ -145,8 +146,13 @@ class Trainer:
 
     def _pass(
         self, images: Tensor, labels: Tensor, place: int, group_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Forward and backward; after the last pass of a group, one update."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward; after the last pass of a group, one update.
+
+        Returns:
+            Loss, logits (B, classes) and targets: labels (B,), or what mixup made of them,
+            (B, classes).
+        """
         accelerator = self.accelerator
         targets = labels
         if self.mixup is not None:
@@ -168,7 +174,7 @@ class Trainer:
                 self.scheduler.step_update(self.updates)
             if self.ema is not None:
                 self.ema.update(self.model, step=self.updates)
-        return loss.detach(), logits.detach()
+        return loss.detach(), logits.detach(), targets
 
     @property
     def best_weights(self) -> nn.Module:
@@ -188,7 +194,9 @@ class _LossWatch:
         self.passes = 0
         self.images = 0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        # Of two mixed images, the heavier one counts.
+        labels = targets.argmax(dim=-1) if targets.dim() == 2 else targets
         right = (logits.argmax(dim=-1) == labels).sum()
         self.pending.append(torch.stack([loss.float(), right.float()]))
         self.images += len(labels)
