@@ -1,7 +1,9 @@
 """The README's blocks do what they say."""
 
+import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import timm
 from timm_xformers import cli
 from timm_xformers.training.recipe import shipped_recipes
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [code for language, code in BLOCKS if language == "bash"]
@@ -64,3 +67,24 @@ def test_train_and_evaluate_block_as_written(tmp_path, monkeypatch):
     block = next(code for code in SHELL if "runs/pixels" in code)
     for line in block.splitlines():
         assert cli.main(shlex.split(line)[1:]) == 0
+
+
+def test_every_figure_of_the_results_table_comes_from_a_record():
+    found = 0
+    for path in sorted((ROOT / "train_scripts" / "results").glob("*.jsonl")):
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for model in {record["model"] for record in records}:
+            runs = [r["test_top1_percent"] for r in records if r["model"] == model]
+            figure = f"{statistics.mean(runs):.2f}"
+            if len(runs) > 1:
+                figure += f" ± {statistics.pstdev(runs):.2f}"
+            row = next(
+                line
+                for line in TEXT.splitlines()
+                if line.startswith(f"| `{model}` |") and path.stem in line
+            )
+            assert row.split("|")[-3].strip() == figure, row
+            assert row.split("|")[-2].strip() == str(len(runs)), row
+            found += 1
+    rows = [line for line in TEXT.splitlines() if re.match(r"\| `\w+` \| (digits|mnist)", line)]
+    assert found == len(rows) > 0
