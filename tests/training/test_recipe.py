@@ -88,12 +88,13 @@ def test_unknown_recipe_names_the_shipped_ones():
 
 def test_every_shipped_recipe_loads_and_says_what_it_costs():
     shipped = shipped_recipes()
-    assert {"digits", "mnist"} <= set(shipped)
+    assert {"digits", "digits_pixels", "mnist"} <= set(shipped)
     for name, path in shipped.items():
         load_recipe(name, {})
         head = path.read_text().split("\n\n")[0]
         for word in ("Command:", "Hardware:", "Time:", "Expected"):
             assert word in head, f"{path.name} lacks {word}"
+        assert "TODO" not in head, f"{path.name} has figures to fill in"
 
 
 def test_digest_ignores_seed_and_paths_alone():

@@ -138,7 +138,7 @@ def _unknown(name: object) -> str:
 
 
 class _AttentionTable(dict[str, type[nn.Module]]):
-    """timm's table, with an error that says what is known (timm's own names None)."""
+    """timm's table, whose look-up names what is known instead of returning None."""
 
     def get(self, key: str, default: Any = None) -> Any:
         """Class of a name.
