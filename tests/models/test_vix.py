@@ -13,8 +13,8 @@ EXPECTED = {
     *(f"vix_performer_{kernel}_m64" for kernel in ("exp", "gelu", "elu", "learned")),
     "vix_nystrom",
     "vix_linformer",
-    "vix_local1d_w64",
-    "vix_local2d_w8",
+    *(f"vix_local1d_w{w}" for w in (16, 64, 256)),
+    *(f"vix_local2d_w{w}" for w in (4, 8, 16)),
     "vix_fnet",
     "hybrid_vix_softmax",
     "hybrid_vix_performer_relu_m64",
@@ -60,10 +60,12 @@ def test_named_model_is_what_it_says():
     assert len(features) == 4, "each layer has its own random features"
 
 
-@pytest.mark.parametrize(("name", "shift"), [("vix_local1d_w64", 32), ("vix_local2d_w8", 4)])
-def test_windows_are_shifted_in_every_second_block(name, shift):
-    model = timm.create_model(name)
-    assert [block.attn.shift for block in model.blocks] == [0, shift, 0, shift]
+@pytest.mark.parametrize("side", [4, 8, 16])
+def test_windows_are_shifted_in_every_second_block_and_come_in_pairs(side):
+    grid = timm.create_model(f"vix_local2d_w{side}")
+    flat = timm.create_model(f"vix_local1d_w{side * side}")
+    assert [block.attn.shift for block in grid.blocks] == [0, side // 2] * 2
+    assert [block.attn.shift for block in flat.blocks] == [0, side * side // 2] * 2
 
 
 def test_positions_have_unit_variance_by_default():
@@ -110,6 +112,23 @@ def test_weights_of_timms_vit_load_unchanged(size):
         ours.load_state_dict(theirs.state_dict(), strict=True)
         if mechanism == "nystrom_l64":  # 37 tokens are fewer than 64 landmarks: exact
             torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"attn_layer": "softmax"}, {"attn_kwargs": {"num_landmarks": 197}}],
+    ids=["exact", "as many landmarks as tokens"],
+)
+def test_outputs_are_timms_at_full_size_where_the_mechanism_is_exact(arguments):
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224").eval()
+    name = "vix_tiny_patch16_224_nystrom_l64"
+    # The published path: timm hands its weights to our filter.
+    overlay = {"state_dict": theirs.state_dict(), "num_classes": 1000}
+    ours = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 def test_hybrid_strides_stand_for_patches():

@@ -20,12 +20,15 @@ from timm_xformers.layers.performer import (
     performer_attention,
     redraw_features,
 )
+from timm_xformers.layers.positions import sinusoid
 from timm_xformers.layers.rotary import RotaryPositions
+from timm_xformers.layers.seq_pool import SeqPool
 from timm_xformers.layers.softmax import SoftmaxAttention, softmax_attention
-from timm_xformers.layers.tokenizer import ConvEmbed
+from timm_xformers.layers.tokenizer import ConvEmbed, ConvTokenizer
 
 __all__ = [
     "ConvEmbed",
+    "ConvTokenizer",
     "FNetMixing",
     "LearnedPerformerAttention",
     "LinformerAttention",
@@ -34,6 +37,7 @@ __all__ = [
     "NystromAttention",
     "PerformerAttention",
     "RotaryPositions",
+    "SeqPool",
     "SoftmaxAttention",
     "attention_class",
     "fnet_mixing",
@@ -45,5 +49,6 @@ __all__ = [
     "performer_attention",
     "redraw_features",
     "set_token_layout",
+    "sinusoid",
     "softmax_attention",
 ]

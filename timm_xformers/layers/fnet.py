@@ -55,6 +55,8 @@ class FNetMixing(nn.Module):
 
     mechanism = "fnet"
     needs_fixed_grid = False
+    causal = False
+    masks = "none"
 
     def __init__(
         self,

@@ -159,9 +159,12 @@ class HeadsAttention(nn.Module):
             without a map.
     """
 
+    # What a mechanism can do, as `timm-xformers models --attention` lists it.
     mechanism = "heads"
     has_map = True
     needs_fixed_grid = False
+    causal = True
+    masks = "any"  # or "keys" (one row for all queries), or "none"
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class LearnedPerformerAttention(HeadsAttention):
 
     mechanism = "performer_learned"
     has_map = False
+    masks = "keys"
 
     def __init__(
         self, dim: int, num_heads: int = 8, *, num_features: int = 64, **kwargs: Any

@@ -112,6 +112,8 @@ class LinformerAttention(HeadsAttention):
 
     mechanism = "linformer"
     needs_fixed_grid = True
+    causal = False
+    masks = "keys"
 
     def __init__(
         self,

@@ -209,6 +209,8 @@ class NystromAttention(HeadsAttention):
 
     mechanism = "nystrom"
     has_map = False
+    causal = False
+    masks = "keys"
 
     def __init__(
         self,

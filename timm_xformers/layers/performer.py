@@ -162,6 +162,7 @@ class PerformerAttention(HeadsAttention):
 
     mechanism = "performer"
     has_map = False
+    masks = "keys"
     features: Tensor
 
     def __init__(

@@ -1,23 +1,85 @@
-"""Convolutional embedding for the hybrid models, in the place of timm's `PatchEmbed`.
+"""Convolutional embeddings in the place of timm's `PatchEmbed`: images to a grid of tokens.
 
-Jeevan & Sethi, "Vision Xformers", 2021 (arXiv:2107.02239), section 3: three 3x3 convolutions. The
-authors put nothing between them, which makes them one linear filter; here a ReLU stands between
-unless it is switched off.
+`ConvEmbed`: Jeevan & Sethi, "Vision Xformers", 2021 (arXiv:2107.02239), section 3: three 3x3
+convolutions. The authors put nothing between them, which makes them one linear filter; here a ReLU
+stands between unless it is taken out.
+
+`ConvTokenizer`: Hassani et al., "Escaping the big data paradigm with compact transformers", 2021
+(arXiv:2104.05704), section 3.3: convolution, ReLU and max-pooling, once or more.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import Format, nchw_to, to_2tuple
 from torch import Tensor, nn
 
-__all__ = ["ConvEmbed"]
+__all__ = ["ConvEmbed", "ConvTokenizer", "GridEmbed"]
 
 # Strides of the three convolutions for each patch size they can stand for.
 _STRIDES = {1: (1, 1, 1), 2: (2, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
 
 
-class ConvEmbed(nn.Module):
+class GridEmbed(nn.Module):
+    """What timm asks of an embedding, around a map from images to (B, C, rows, columns).
+
+    A subclass gives `embed`, `dynamic_feat_size` and `feat_ratio`.
+
+    Args:
+        strict_img_size: Refuse other image sizes than the one set.
+        output_fmt: ``"NHWC"`` keeps the grid; None gives (B, N, C).
+        dynamic_img_pad: Must be False; convolutions do not fill up to a whole patch.
+
+    Raises:
+        ValueError: Padding asked for.
+    """
+
+    def __init__(
+        self,
+        strict_img_size: bool = True,
+        output_fmt: str | None = None,
+        dynamic_img_pad: bool = False,
+    ) -> None:
+        super().__init__()
+        if dynamic_img_pad:
+            raise ValueError("The convolutional embedding does not pad; use dynamic_img_pad=False.")
+        self.strict_img_size = strict_img_size
+        self.output_fmt = Format(output_fmt) if output_fmt else None
+
+    def _set_img_size(self, img_size: int | tuple[int, int]) -> None:
+        self.img_size: tuple[int, int] = to_2tuple(img_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to (B, C, rows, columns)."""
+        raise NotImplementedError
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens for an image size."""
+        raise NotImplementedError
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token and side."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to tokens (B, N, C), or a grid in ``output_fmt``."""
+        H, W = x.shape[-2:]
+        if self.strict_img_size:
+            rows, cols = self.img_size
+            hint = f"the model takes {rows} x {cols} images; resize, or call set_input_size()."
+            torch._assert(rows == H, f"The image has {H} rows, but {hint}")
+            torch._assert(cols == W, f"The image has {W} columns, but {hint}")
+        x = self.embed(x)
+        if self.output_fmt is None:
+            return x.flatten(2).transpose(1, 2)
+        grid: Tensor = nchw_to(x, self.output_fmt)
+        return grid
+
+
+class ConvEmbed(GridEmbed):
     """Three 3x3 convolutions from images (B, in_chans, H, W) to tokens (B, N, embed_dim).
 
     Args:
@@ -25,11 +87,13 @@ class ConvEmbed(nn.Module):
         patch_size: Pixels per token and side: 1, 2, 4 or 8, by strides of the convolutions.
         in_chans: Image channels.
         embed_dim: Token width; the convolutions have a quarter, a half and all of it.
-        bias: Give the convolutions a bias.
-        act: Put a ReLU between them.
+        bias: Give plain convolutions a bias.
+        act_layer: What stands between them.
+        conv_layer: Constructor of a convolution, such as timm's ``ConvNorm``; None takes a plain
+            one.
         strict_img_size: Refuse other image sizes.
         output_fmt: ``"NHWC"`` keeps the grid; None gives (B, N, embed_dim).
-        dynamic_img_pad: Must be False; there is no padding to a whole patch.
+        dynamic_img_pad: Must be False.
         device: Where to create the parameters.
         dtype: Their type.
 
@@ -45,46 +109,24 @@ class ConvEmbed(nn.Module):
         embed_dim: int = 128,
         *,
         bias: bool = True,
-        act: bool = True,
+        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        conv_layer: Callable[..., nn.Module] | None = None,
         strict_img_size: bool = True,
         output_fmt: str | None = None,
         dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if dynamic_img_pad:
-            raise ValueError("The convolutional embedding does not pad; use dynamic_img_pad=False.")
+        super().__init__(strict_img_size, output_fmt, dynamic_img_pad)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.strict_img_size = strict_img_size
-        self.output_fmt = Format(output_fmt) if output_fmt else None
-        self._set_patch_size(patch_size)
-        self._set_img_size(img_size)
+        if conv_layer is None:
+            conv_layer, dd["bias"] = nn.Conv2d, bias
         widths = (in_chans, embed_dim // 4, embed_dim // 2, embed_dim)
         self.convs = nn.ModuleList(
-            nn.Conv2d(widths[i], widths[i + 1], 3, stride, padding=1, bias=bias, **dd)
-            for i, stride in enumerate(_STRIDES[self.patch_size[0]])
+            conv_layer(widths[i], widths[i + 1], 3, padding=1, **dd) for i in range(3)
         )
-        self.act = nn.ReLU() if act else nn.Identity()
-
-    def _set_patch_size(self, patch_size: int | tuple[int, int]) -> None:
-        size = to_2tuple(patch_size)
-        if size[0] != size[1] or size[0] not in _STRIDES:
-            raise ValueError(f"patch_size={patch_size} is not available; use 1, 2, 4 or 8.")
-        self.patch_size: tuple[int, int] = size
-
-    def _set_img_size(self, img_size: int | tuple[int, int]) -> None:
-        size, patch = to_2tuple(img_size), self.patch_size[0]
-        for side in size:
-            if side % patch or side < patch:
-                near = max(side - side % patch, patch)
-                raise ValueError(
-                    f"img_size={side} is not a multiple of patch_size={patch}; use {near} or "
-                    f"{near + patch}."
-                )
-        self.img_size: tuple[int, int] = size
-        self.grid_size = (size[0] // patch, size[1] // patch)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.act = act_layer()
+        self.set_input_size(img_size, patch_size)
 
     def set_input_size(
         self,
@@ -93,10 +135,22 @@ class ConvEmbed(nn.Module):
     ) -> None:
         """Change the image size, or the strides; the filters stay as they are."""
         if patch_size is not None:
-            self._set_patch_size(patch_size)
-            for conv, stride in zip(self.convs, _STRIDES[self.patch_size[0]], strict=True):
-                cast(nn.Conv2d, conv).stride = (stride, stride)
-        self._set_img_size(self.img_size if img_size is None else img_size)
+            size = to_2tuple(patch_size)
+            if size[0] != size[1] or size[0] not in _STRIDES:
+                raise ValueError(f"patch_size={patch_size} is not available; use 1, 2, 4 or 8.")
+            self.patch_size: tuple[int, int] = size
+            convs = [m for m in self.convs.modules() if isinstance(m, nn.Conv2d)]
+            for conv, stride in zip(convs, _STRIDES[size[0]], strict=True):
+                conv.stride = (stride, stride)
+        size, patch = to_2tuple(self.img_size if img_size is None else img_size), self.patch_size[0]
+        for side in size:
+            if side % patch or side < patch:
+                near = max(side - side % patch, patch)
+                raise ValueError(
+                    f"img_size={side} is not a multiple of patch_size={patch}; use {near} or "
+                    f"{near + patch}."
+                )
+        self._set_img_size(size)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """Pixels per token and side."""
@@ -106,19 +160,109 @@ class ConvEmbed(nn.Module):
         """Rows and columns of tokens for an image size."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to tokens (B, N, embed_dim), or a grid in ``output_fmt``."""
-        H, W = x.shape[-2:]
-        if self.strict_img_size:
-            rows, cols = self.img_size
-            hint = f"the model takes {rows} x {cols} images; resize, or call set_input_size()."
-            torch._assert(rows == H, f"The image has {H} rows, but {hint}")
-            torch._assert(cols == W, f"The image has {W} columns, but {hint}")
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to (B, embed_dim, rows, columns)."""
         for i, conv in enumerate(self.convs):
             x = conv(x)
             if i < 2:
                 x = self.act(x)
-        if self.output_fmt is None:
-            return x.flatten(2).transpose(1, 2)
-        grid: Tensor = nchw_to(x, self.output_fmt)
-        return grid
+        return x
+
+
+class ConvTokenizer(GridEmbed):
+    """Convolution, ReLU, max-pooling, repeated: images (B, in_chans, H, W) to (B, N, embed_dim).
+
+    Args:
+        img_size: Height and width.
+        in_chans: Image channels.
+        embed_dim: Token width.
+        num_convs: Number of repetitions; all but the last have ``hidden_chans`` channels.
+        kernel_size: Side of a filter, odd.
+        stride: Stride of a convolution.
+        pool_stride: Stride of the 3x3 pooling.
+        hidden_chans: Channels between.
+        strict_img_size: Refuse other image sizes.
+        output_fmt: ``"NHWC"`` keeps the grid; None gives (B, N, embed_dim).
+        dynamic_img_pad: Must be False.
+        device: Where to create the parameters.
+        dtype: Their type.
+
+    Raises:
+        ValueError: Padding asked for.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 32,
+        in_chans: int = 3,
+        embed_dim: int = 128,
+        *,
+        num_convs: int = 2,
+        kernel_size: int = 3,
+        stride: int = 1,
+        pool_stride: int = 2,
+        hidden_chans: int = 64,
+        strict_img_size: bool = True,
+        output_fmt: str | None = None,
+        dynamic_img_pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(strict_img_size, output_fmt, dynamic_img_pad)
+        widths = [in_chans, *[hidden_chans] * (num_convs - 1), embed_dim]
+        self.strides = (stride, pool_stride)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(
+                widths[i],
+                widths[i + 1],
+                kernel_size,
+                stride,
+                padding=kernel_size // 2,
+                bias=False,
+                device=device,
+                dtype=dtype,
+            )
+            for i in range(num_convs)
+        )
+        self.act = nn.ReLU()
+        self.pool = nn.MaxPool2d(3, pool_stride, padding=1)
+        self.init_weights()
+        self.set_input_size(img_size)
+
+    def init_weights(self) -> None:
+        """Draw the filters for the ReLUs that follow them."""
+        for conv in self.convs.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image size; there are no patches."""
+        if patch_size is not None:
+            raise ValueError(
+                f"patch_size={patch_size} means nothing to this tokenizer, whose strides are "
+                "fixed at construction; leave it out."
+            )
+        self._set_img_size(self.img_size if img_size is None else img_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token and side."""
+        ratio = (self.strides[0] * self.strides[1]) ** len(self.convs)
+        return ratio if as_scalar else (ratio, ratio)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens for an image size."""
+        rows, cols = img_size
+        for _ in range(len(self.convs)):
+            for stride in self.strides:  # with half the filter as padding, sides are divided up
+                rows, cols = (rows - 1) // stride + 1, (cols - 1) // stride + 1
+        return rows, cols
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to (B, embed_dim, rows, columns)."""
+        for conv in self.convs:
+            x = self.pool(self.act(conv(x)))
+        return x

@@ -11,94 +11,44 @@ key and value bias; the hybrid has a ReLU between its convolutions. The rows the
 arguments (tests/models/test_paper_rows.py).
 """
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
-from torch import Tensor, nn
+from timm.models import generate_default_cfgs
+from torch import nn
 
-from timm_xformers.layers.factory import attention_class
-from timm_xformers.layers.layout import set_token_layout
-from timm_xformers.layers.linformer import resample_projection
-from timm_xformers.layers.performer import redraw_features
-from timm_xformers.layers.rotary import RotaryPositions
 from timm_xformers.layers.tokenizer import ConvEmbed
+from timm_xformers.models._cfg import small_image_cfg
 from timm_xformers.models._register import register_model
+from timm_xformers.models._trunk import Trunk, build, check_img_size
 
 __all__ = ["ViX"]
 
 
-class ViX(VisionTransformer):
-    """timm's `VisionTransformer` with a named attention mechanism: images to logits.
+class ViX(Trunk):
+    """Vision X-former: images to logits.
 
     Args:
-        attn_layer: A name of `timm_xformers.list_attention`.
-        attn_kwargs: Arguments of the mechanism beside the name's own, e.g. ``num_features``.
-        attn_head_dim: Head width; ``embed_dim // num_heads`` if None.
-        rope: Turn queries and keys by rotary positions as well.
-        pos_embed_std: Deviation of the initial position embedding. Pixel tokens start as one
-            intensity times one vector, so positions must be as large as the content (1.0).
-        feature_seed: Seed of the random features, one draw per layer.
         stem_act: Put a ReLU between the convolutions of the hybrid's embedding; None where the
-            embedding has no such choice.
-        **kwargs: Arguments of timm's `VisionTransformer`.
+            embedding is one linear map.
+        pos_embed_std: Deviation of learned positions at the start. Pixel tokens start as one
+            intensity times one vector, so positions must be as large as the content (1.0).
+        **kwargs: Arguments of `Trunk` and of timm's `VisionTransformer`.
 
     Raises:
-        ValueError: An unknown mechanism, an image that the patches do not divide, or an option
-            that the mechanism cannot honour.
-        TypeError: An argument that neither this class nor timm's has.
+        ValueError: An image that the patches do not divide, or what `Trunk` refuses.
+        TypeError: An argument that nobody has.
     """
 
     def __init__(
-        self,
-        *,
-        attn_layer: str,
-        attn_kwargs: Mapping[str, Any] | None = None,
-        attn_head_dim: int | None = None,
-        rope: bool = False,
-        pos_embed_std: float = 1.0,
-        feature_seed: int = 0,
-        stem_act: bool | None = None,
-        **kwargs: Any,
+        self, *, stem_act: bool | None = None, pos_embed_std: float = 1.0, **kwargs: Any
     ) -> None:
-        settings = dict(attn_kwargs or {})
-        if attn_head_dim is not None:
-            settings["attn_head_dim"] = attn_head_dim
-        self.pos_embed_std = pos_embed_std
-        attention = attention_class(attn_layer, **settings)
-        _check_sizes(attention, rope, **kwargs)
+        if not kwargs.get("dynamic_img_pad", False):
+            check_img_size(kwargs.get("img_size", 224), kwargs.get("patch_size", 16))
         if stem_act is not None:
-            kwargs["embed_layer"] = ConvEmbed if stem_act else _LinearConvEmbed
-        super().__init__(attn_layer=attention, **kwargs)
-        self.rope = rope
-        set_token_layout(self)
-        redraw_features(self, feature_seed)
-        self._set_rope()
-
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialise as timm does, then draw positions of this family's size."""
-        super().init_weights(mode, needs_reset)
-        if self.pos_embed is not None:
-            nn.init.normal_(self.pos_embed, std=self.pos_embed_std)
-
-    def _set_rope(self) -> None:
-        if not self.rope:
-            return
-        attentions: list[Any] = [block.attn for block in self.blocks]
-        if not hasattr(attentions[0], "rope"):
-            raise ValueError("fnet has no queries and keys for rotary positions; use rope=False.")
-        weight = attentions[0].proj.weight
-        rope = RotaryPositions(
-            attentions[0].head_dim,
-            self.patch_embed.grid_size,
-            self.num_prefix_tokens,
-            device=weight.device,
-        )
-        for attention in attentions:
-            attention.rope = rope  # one table of angles for all
+            act_layer = nn.ReLU if stem_act else nn.Identity
+            kwargs["embed_layer"] = partial(ConvEmbed, act_layer=act_layer)
+        super().__init__(pos_embed_std=pos_embed_std, **kwargs)
 
     def set_input_size(
         self,
@@ -107,107 +57,19 @@ class ViX(VisionTransformer):
     ) -> None:
         """Change the image or patch size: positions and sequence projections are interpolated."""
         if img_size is not None:
-            _check_img_size(img_size, patch_size or self.patch_embed.patch_size)
+            check_img_size(img_size, patch_size or self.patch_embed.patch_size)
         super().set_input_size(img_size, patch_size)
-        set_token_layout(self)
-        self._set_rope()
-
-
-class _LinearConvEmbed(ConvEmbed):
-    """The paper's convolutions, with nothing between them."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, act=False, **kwargs)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
-    """Refuse what timm would cut off without a word."""
-    for side, patch in zip(_pair(img_size), _pair(patch_size), strict=True):
-        if side % patch or side < patch:
-            near = max(side - side % patch, patch)
-            raise ValueError(
-                f"img_size={side} is not a multiple of patch_size={patch}; use {near} or "
-                f"{near + patch}."
-            )
-
-
-def _check_sizes(
-    attention: type[nn.Module],
-    rope: bool,
-    img_size: int | tuple[int, int] = 224,
-    patch_size: int | tuple[int, int] = 16,
-    dynamic_img_size: bool = False,
-    dynamic_img_pad: bool = False,
-    patch_drop_rate: float = 0.0,
-    **kwargs: Any,
-) -> None:
-    """Refuse combinations that would fail later or, worse, not fail at all."""
-    if not dynamic_img_pad:
-        _check_img_size(img_size, patch_size)
-    fixed = rope or getattr(attention, "needs_fixed_grid", False)
-    mechanism = "rotary positions" if rope else getattr(attention, "mechanism", "this attention")
-    if dynamic_img_size and fixed:
-        raise ValueError(
-            f"{mechanism} is built for one grid of tokens, so dynamic_img_size=True cannot be "
-            "honoured; build with img_size=..., or call set_input_size()."
-        )
-    if patch_drop_rate > 0 and (fixed or getattr(attention, "mechanism", "") == "local1d"):
-        raise ValueError(
-            f"{mechanism} needs every token in its place, so patch_drop_rate={patch_drop_rate} "
-            "cannot be honoured; use drop_path_rate."
-        )
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Fit a checkpoint of another image size to the model: positions and sequence projections.
-
-    Args:
-        state_dict: Weights of this family, or of timm's ViTs.
-        model: The model that will load them.
-
-    Returns:
-        Weights with the model's shapes.
-    """
-    own = model.state_dict()
-    prefix: int = model.num_prefix_tokens
-    out: dict[str, Tensor] = dict(vit_filter_fn(state_dict, model))
-    for name, value in out.items():
-        if not name.endswith(("attn.proj_k", "attn.proj_v")) or name not in own:
-            continue
-        if value.shape[0] == own[name].shape[0] and value.shape != own[name].shape:
-            side = int((value.shape[1] - prefix) ** 0.5 + 0.5)
-            if side * side != value.shape[1] - prefix:
-                raise ValueError(
-                    f"{name} is for {value.shape[1] - prefix} tokens, which is not a square grid; "
-                    "load it at its own img_size, then call set_input_size()."
-                )
-            out[name] = resample_projection(
-                value, model.patch_embed.grid_size, (side, side), prefix
-            )
-    return out
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2107.02239",
-        "paper_name": "Vision Xformers: Efficient Attention for Image Classification",
-        **kwargs,
-    }
+    return small_image_cfg(
+        **{
+            "first_conv": "patch_embed.proj",
+            "paper_ids": "arXiv:2107.02239",
+            "paper_name": "Vision Xformers: Efficient Attention for Image Classification",
+            **kwargs,
+        }
+    )
 
 
 def _hybrid_cfg() -> dict[str, Any]:
@@ -237,8 +99,12 @@ default_cfgs = generate_default_cfgs(
         "vix_performer_learned_m64": _cfg(),
         "vix_nystrom": _cfg(),
         "vix_linformer": _cfg(),
+        "vix_local1d_w16": _cfg(),
         "vix_local1d_w64": _cfg(),
+        "vix_local1d_w256": _cfg(),
+        "vix_local2d_w4": _cfg(),
         "vix_local2d_w8": _cfg(),
+        "vix_local2d_w16": _cfg(),
         "vix_fnet": _cfg(),
         "hybrid_vix_softmax": _hybrid_cfg(),
         "hybrid_vix_performer_relu_m64": _hybrid_cfg(),
@@ -258,20 +124,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> ViX:
-    # features_only goes through forward_intermediates ("getter"), which gives NCHW maps.
-    out_indices = kwargs.pop("out_indices", 3)
-    model: ViX = build_model_with_cfg(
-        ViX,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **{**defaults, **kwargs},
-    )
-    return model
-
-
 def _vix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> ViX:
     defaults = {
         "attn_layer": attention,
@@ -286,7 +138,7 @@ def _vix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> ViX:
         # starts slowly.
         "weight_init": "moco",
     }
-    return _create(variant, pretrained, defaults, **kwargs)
+    return build(ViX, variant, pretrained, defaults, **kwargs)
 
 
 def _hybrid_vix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> ViX:
@@ -306,7 +158,7 @@ def _vix_imagenet(variant: str, attention: str, size: str, pretrained: bool, **k
         "num_heads": num_heads,
         "pos_embed_std": 0.02,
     }
-    return _create(variant, pretrained, defaults, **kwargs)
+    return build(ViX, variant, pretrained, defaults, **kwargs)
 
 
 @register_model
@@ -412,15 +264,39 @@ def vix_linformer(pretrained: bool = False, **kwargs: Any) -> ViX:
 
 
 @register_model
+def vix_local1d_w16(pretrained: bool = False, **kwargs: Any) -> ViX:
+    """ViX with windows of 16 in the flattened sequence, shifted in every second block."""
+    return _vix("vix_local1d_w16", "local1d_w16_shifted", pretrained, **kwargs)
+
+
+@register_model
 def vix_local1d_w64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViX with windows of 64 in the flattened sequence, shifted in every second block."""
     return _vix("vix_local1d_w64", "local1d_w64_shifted", pretrained, **kwargs)
 
 
 @register_model
+def vix_local1d_w256(pretrained: bool = False, **kwargs: Any) -> ViX:
+    """ViX with windows of 256 in the flattened sequence, shifted in every second block."""
+    return _vix("vix_local1d_w256", "local1d_w256_shifted", pretrained, **kwargs)
+
+
+@register_model
+def vix_local2d_w4(pretrained: bool = False, **kwargs: Any) -> ViX:
+    """ViX with 4x4 windows of the grid, shifted in every second block."""
+    return _vix("vix_local2d_w4", "local2d_w4_shifted", pretrained, **kwargs)
+
+
+@register_model
 def vix_local2d_w8(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViX with 8x8 windows of the grid, shifted in every second block."""
     return _vix("vix_local2d_w8", "local2d_w8_shifted", pretrained, **kwargs)
+
+
+@register_model
+def vix_local2d_w16(pretrained: bool = False, **kwargs: Any) -> ViX:
+    """ViX with 16x16 windows of the grid, shifted in every second block."""
+    return _vix("vix_local2d_w16", "local2d_w16_shifted", pretrained, **kwargs)
 
 
 @register_model
