@@ -55,10 +55,16 @@ def test_there_are_commands_to_check():
 
 
 def test_names_in_the_tables_exist():
-    listed = set(timm.list_models("*vix*"))
-    named = set(re.findall(r"`((?:hybrid_)?vix_[a-z0-9_]+)`", TEXT))
-    assert len(named) > 8
-    assert named <= listed
+    named = set(re.findall(r"`((?:(?:hybrid_)?vix_|levi|cc[tpnl]|swin_)[a-z0-9_]*)`", TEXT))
+    assert len(named) > 20
+    assert named <= set(timm.list_models())
+
+
+def test_models_table_is_what_its_command_prints(capsys):
+    (command,) = [words for words in COMMANDS if words.startswith("models --format markdown")]
+    assert cli.main(shlex.split(command)) == 0
+    table = re.search(r"<!-- models -->\n(.*?)<!-- /models -->", TEXT, flags=re.DOTALL)[1]
+    assert table == capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The command line: answers at once, exits with the right code, the same from every door."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -93,6 +94,11 @@ def test_scripts_train_and_evaluate_our_model(monkeypatch, capsys, tmp_path):
          "use 8 or 12"),
         ("evaluate", 2, "Name a model"),
         ("evaluate --model local-dir:nowhere", 1, "config.json is missing"),
+        ("models vix_sofmax", 2, "nearest: vix_softmax"),
+        ("models --mechanism performr", 2, "nearest: performer"),
+        ("models vix_softmax --max-params 600k", 2, "None of the 1 matching"),
+        ("models --attention nystrom_64", 2, "nearest: nystrom_l64"),
+        ("models --attention --img-size 8 --sort name", 2, "--img-size, --sort cannot go with it"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tmp_path):
@@ -104,7 +110,16 @@ def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--epochs", "two"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train", "--epochs", "two"],
+        ["models", "--max-params", "lots"],
+        ["models", "--img-size", "0"],
+    ],
+)
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -134,8 +149,23 @@ def test_missing_extra_gives_the_install_line(monkeypatch, capsys):
     assert 'pip install "timm-xformers[train]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_help_answers_at_once_without_torch(command):
+SHARED_FLAGS = ("--recipe", "--model", "--data-dir", "--batch-size", "--seed", "--set")
+MODELS_FLAGS = (
+    "--attention",
+    "--mechanism",
+    "--pretrained",
+    "--max-params",
+    "--img-size",
+    "--sort",
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [("train", SHARED_FLAGS), ("evaluate", SHARED_FLAGS), ("models", MODELS_FLAGS)],
+    ids=["train", "evaluate", "models"],
+)
+def test_help_answers_at_once_without_torch(command, flags):
     code = (
         "import sys; from timm_xformers.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -152,7 +182,7 @@ def test_help_answers_at_once_without_torch(command):
         )
         times.append(time.perf_counter() - start)
         assert result.returncode == 0, result.stderr
-        for flag in ("--recipe", "--model", "--data-dir", "--batch-size", "--seed", "--set"):
+        for flag in flags:
             assert flag in result.stdout
     assert min(times) < 0.5
 
@@ -171,3 +201,98 @@ def test_data_set_chooses_its_recipe(monkeypatch):
     assert recipe_of("--data-dir x") == Recipe(data="folder", data_dir="x")
     assert recipe_of("--data cifar10 --set lr=0.5") == Recipe(data="cifar10", lr=0.5)
     assert recipe_of("--recipe mnist --data-dir x").data == "mnist"
+
+
+def models(arguments, capsys):
+    assert main(["models", *arguments.split()]) == 0
+    return capsys.readouterr()
+
+
+def test_models_as_a_table(capsys):
+    lines = models("vix_softmax vix_performer_relu_m?[26] --img-size 8 --max-params 1M", capsys).out
+    header, first, *others = lines.splitlines()
+    assert header.split()[:6] == ["model", "attention", "pixels", "tokens", "parameters", "GMACs"]
+    assert header.endswith("MiB at batch 64  weights")
+    assert first.split()[:5] == ["vix_softmax", "softmax", "8", "65", "538,890"]
+    assert [line.split()[0][-3:] for line in others] == ["m16", "m32"]
+    # Numbers are flush right: every line ends its memory column where the heading does.
+    assert {line[: header.index("  weights")][-1].isdigit() for line in (first, *others)} == {True}
+
+
+def test_models_as_data(capsys):
+    names = "vix_softmax vix_fnet --img-size 8 --batch-size 3"
+    found = json.loads(models(f"{names} --format json", capsys).out)
+    assert [model["name"] for model in found] == ["vix_softmax", "vix_fnet"]
+    assert {model["batch_size"] for model in found} == {3}
+    assert found[0]["weights"] == []
+    header, first, _ = models(f"{names} --format csv", capsys).out.splitlines()
+    assert header.split(",") == list(found[0])
+    assert first.split(",")[:-1] == [str(value) for value in found[0].values()][:-1]
+
+
+def test_models_in_order(monkeypatch, capsys):
+    from timm_xformers.training import catalog
+
+    figures = {"b_m16": (1, 3.0, 2.0), "a": (2, 2.0, 3.0), "b_m4": (3, 1.0, 1.0)}
+    listed = [
+        catalog.Model(name, "softmax", 8, 64, params, gmacs, 64, memory, ())
+        for name, (params, gmacs, memory) in figures.items()
+    ]
+    monkeypatch.setattr(catalog, "catalog", lambda *args, **kwargs: (list(listed), {}))
+
+    def order(arguments):
+        return [m["name"] for m in json.loads(models(f"{arguments} --format json", capsys).out)]
+
+    assert order("") == ["b_m16", "a", "b_m4"]
+    assert order("--sort name") == ["a", "b_m4", "b_m16"]
+    assert order("--sort params") == ["b_m16", "a", "b_m4"]
+    assert order("--sort gmacs") == ["b_m4", "a", "b_m16"]
+    assert order("--sort memory") == ["b_m4", "b_m16", "a"]
+
+
+def test_models_with_weights_of_one_mechanism(monkeypatch, capsys):
+    monkeypatch.setattr("timm.list_pretrained", lambda: ["vix_softmax.digits", "vix_fnet.mnist"])
+    out = models("--pretrained --img-size 8 --format json", capsys).out
+    assert [(m["name"], m["weights"]) for m in json.loads(out)] == [
+        ("vix_fnet", ["mnist"]),
+        ("vix_softmax", ["digits"]),
+    ]
+    out = models("--pretrained --img-size 8 --mechanism soft* --format markdown", capsys).out
+    assert out.splitlines()[2].startswith("| `vix_softmax` | softmax | 8 | 65 | 538,890 |")
+    assert out.endswith(" | digits |\n")
+
+
+def test_models_that_refuse_a_size_stand_below_the_others(capsys):
+    arguments = (
+        "vix_softmax vix_tiny*_l64 vix_small*_l64 vix_base*_m64 --max-params 30M --img-size 20"
+    )
+    table, note = models(arguments, capsys).out.split("\n\n")
+    assert len(table.splitlines()) == 2
+    assert note == (
+        "Not measured: vix_tiny_patch16_224_nystrom_l64, vix_small_patch16_224_nystrom_l64: "
+        "img_size=20 is not a multiple of patch_size=16; use 16 or 32.\n"
+    )
+    said = models(f"{arguments} --format json", capsys)
+    assert len(json.loads(said.out)) == 1
+    assert said.err == note
+    assert models("vix_tiny*_l64 --img-size 20", capsys).out.startswith("Not measured: vix_tiny")
+
+
+def test_models_lists_mechanisms(capsys):
+    lines = models("--attention nystrom_l64* local2d_w8", capsys).out.splitlines()
+    assert [re.split(r"\s{2,}", line) for line in lines] == [
+        ["attention", "settings", "exact when", "masks", "causal", "fixed grid"],
+        ["nystrom_l64", "num_landmarks=64", "tokens <= 64", "keys", "no", "no"],
+        ["nystrom_l64_conv33", "num_landmarks=64 conv_kernel=33", "never", "keys", "no", "no"],
+        ["local2d_w8", "window_size=8", "side <= 2 * 8", "any", "yes", "yes"],
+    ]
+    (entry,) = json.loads(models("--attention softmax --format json", capsys).out)
+    assert entry == {
+        "name": "softmax",
+        "settings": {},
+        "exact_when": "always",
+        "masks": "any",
+        "causal": True,
+        "needs_fixed_grid": False,
+    }
+    assert len(models("--attention --format csv", capsys).out.splitlines()) > 50

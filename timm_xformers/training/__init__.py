@@ -8,5 +8,6 @@ as ours. The modules, from the outside in:
 * `data`, `memory`, `loader`, `augment`: where images come from and how they become batches.
 * `order`: which sample is drawn when, as a function of the seed.
 * `build`, `optim`, `loop`: the model, what updates it, one epoch.
+* `catalog`: what our models cost and our mechanisms can; the one module that needs no extra.
 * `checkpoint`, `results`, `history`, `curves`, `progress`: what a run leaves behind.
 """
