@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from timm_xformers.training.errors import UserError
+from timm_xformers.training.stopping import Stopped
 
 __all__ = ["main"]
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes those of the process.
 
     Returns:
-        0, or 1 for a failure, 2 for a wrong use, 130 after an interruption.
+        0, or 1 for a failure, 2 for a wrong use, 130 after an interruption, 143 after SIGTERM.
     """
     parser, modules = _parser()
     args = parser.parse_args(argv)
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in REFUSALS:
             raise
         return _fail(f"{error.filename or 'A file'}: {error.strerror}; choose another place.", 1)
+    except Stopped as stop:
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

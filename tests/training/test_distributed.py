@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from timm_xformers.training.checkpoint import open_last
 from timm_xformers.training.history import read_history
 from timm_xformers.training.results import Record
+
+from . import kill_trials
+from .test_resume import assert_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = [
@@ -37,9 +41,9 @@ def launch(processes, *arguments):
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path):
     for processes, batch_size in ((1, 64), (2, 32)):
-        command = launch(
-            processes, f"--batch-size={batch_size}", f"--output=run{processes}", "--epochs=3"
-        )
+        # Mixup pairs the images of a process's own batch, so two processes mix others.
+        sizes = (f"--batch-size={batch_size}", "--epochs=3", "--set=mixup=0")
+        command = launch(processes, *sizes, f"--output=run{processes}")
         result = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         # Only one process speaks.
@@ -59,6 +63,28 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_stopped_by_a_signal_go_on_exactly(tmp_path):
+    command = launch(2, "--batch-size=16", "--epochs=4", "--num-processes=2", "--set=mixup=0.2")
+    whole = subprocess.run([*command, "--output=whole"], cwd=tmp_path, env=ENV, check=False)
+    assert whole.returncode == 0
+    process = subprocess.Popen([*command, "--output=cut"], cwd=tmp_path, env=ENV)
+    log = tmp_path / "cut" / "log.txt"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "epoch 1/4" in log.read_text()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    assert not (tmp_path / "cut" / "results.json").exists()
+    resumed = subprocess.run(
+        [*launch(2)[: -len(COMMON) + 1], "--resume=cut"], cwd=tmp_path, env=ENV, check=False
+    )
+    assert resumed.returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
 def test_interrupt_signal_ends_with_130_and_can_be_resumed(tmp_path):
     command = launch(1, "--output=run", "--epochs=500")
     process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True)
@@ -71,5 +97,11 @@ def test_interrupt_signal_ends_with_130_and_can_be_resumed(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    epoch = int(re.search(r"last holds the state after epoch (\d+)", said)[1])
-    assert len(read_history(tmp_path / "run" / "results.csv")) in (epoch, epoch + 1)
+    assert re.search(r"last holds the state (after|in) epoch \d+", said)
+    progression = open_last(tmp_path / "run" / "last").progression
+    assert len(read_history(tmp_path / "run" / "results.csv")) == progression.epoch
+
+
+@pytest.mark.slow
+def test_killed_runs_lose_nothing_and_end_alike(capsys):
+    assert kill_trials.main(trials=6, seed=1) == 0, capsys.readouterr().out

@@ -1,16 +1,12 @@
-"""Folders of weights, written so that a crash leaves either the old folder or the new one.
+"""Folders of weights: the best, and the last with what a run needs to go on.
 
-``best/`` and ``last/`` open with ``timm.create_model("local-dir:RUN/best", pretrained=True)``;
-``last/`` also holds what a run needs to go on after its last finished epoch. Nothing here is read
-by unpickling objects: weights are safetensors, the optimiser's state is loaded with weights_only.
+``best/`` and ``last/`` open with ``timm.create_model("local-dir:RUN/best", pretrained=True)``; the
+checkpoint before ``last/`` stays as ``last.previous/``. Nothing here is read by unpickling objects:
+weights are safetensors, the optimiser's state is loaded with weights_only.
 """
 
-import contextlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +15,16 @@ import torch
 from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
+from timm_xformers.training.atomic import find_damage, previous_of, write_folder
 from timm_xformers.training.errors import UserError
+from timm_xformers.training.history import EpochRow, read_history, write_history
+from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.preprocessing import Preprocessing
 
-__all__ = ["Progression", "load_last", "save_best", "save_last", "write_folder"]
+__all__ = ["Checkpoint", "Progression", "open_last", "save_best", "save_last"]
 
 STATE_FILE = "training_state.pt"
+HISTORY_FILE = "results.csv"
 PROGRESSION_FILE = "progression.json"
 PUBLISHED_ONLY = (
     "tag",
@@ -45,6 +45,7 @@ class Progression:
     Attributes:
         num_processes: Processes of the run: another number would draw other batches.
         epoch: Finished epochs.
+        sums: Of the epoch after them, for each process; empty before its first update.
         updates: Optimiser updates.
         best_epoch: Epoch whose weights are in best/; 0 before the first.
         best_top1: Validation images it got right.
@@ -53,40 +54,18 @@ class Progression:
 
     num_processes: int
     epoch: int = 0
+    sums: tuple[EpochSums, ...] = ()
     updates: int = 0
     best_epoch: int = 0
     best_top1: int = -1
     best_loss: float = math.inf
 
-
-@contextlib.contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """Write a folder whole: fill the temporary one that is yielded; it then takes the name.
-
-    Raises:
-        UserError: The files cannot be written; what was there before is untouched.
-    """
-    fresh = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    previous = path.with_name(f"{path.name}.previous")
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        for file in fresh.iterdir():
-            _sync(file)
-        _sync(fresh)
-        if path.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            path.rename(previous)
-        fresh.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as these
-        raise UserError(
-            f"Cannot write {path}: {' '.join(str(error).split())}; free space or rights, or choose "
-            "another --output. The folders of earlier epochs are as they were."
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    @property
+    def place(self) -> str:
+        """Words for where the run stands."""
+        if self.sums:
+            return f"in epoch {self.epoch + 1} after step {self.sums[0].passes}"
+        return f"after epoch {self.epoch}"
 
 
 def save_best(
@@ -117,6 +96,7 @@ def save_last(
     class_names: tuple[str, ...],
     state: dict[str, Any],
     progression: Progression,
+    rows: list[EpochRow],
 ) -> None:
     """Write what `save_best` writes, and what the run needs to go on.
 
@@ -128,36 +108,63 @@ def save_last(
         class_names: By label; empty if unknown.
         state: Tensors and plain values: optimiser, averaged weights, scaler.
         progression: How far the run got.
+        rows: Of the finished epochs.
     """
-    with write_folder(folder) as fresh:
+    with write_folder(folder, keep_previous=True) as fresh:
         _export(fresh, model, model_args, preprocessing, class_names)
         torch.save(state, fresh / STATE_FILE)
         text = json.dumps(asdict(progression), indent=2)
         (fresh / PROGRESSION_FILE).write_text(text, encoding="utf-8")
+        write_history(fresh / HISTORY_FILE, rows)
 
 
-def load_last(folder: Path, model: nn.Module) -> tuple[dict[str, Any], Progression]:
-    """Read weights into a model, and return the state and the progression of `save_last`.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save_last` wrote, read back.
+
+    Attributes:
+        folder: Where it lies.
+        progression: How far the run got.
+        rows: Of the finished epochs.
+        damaged: A newer folder that is not used, and why; empty if there is none.
+    """
+
+    folder: Path
+    progression: Progression
+    rows: list[EpochRow]
+    damaged: str
+
+    def load(self, model: nn.Module) -> dict[str, Any]:
+        """Read the weights into a model and return the state."""
+        load_checkpoint(model, str(self.folder / "model.safetensors"))
+        state: dict[str, Any] = torch.load(
+            self.folder / STATE_FILE, map_location="cpu", weights_only=True
+        )
+        return state
+
+
+def open_last(folder: Path) -> Checkpoint:
+    """Find the newest checkpoint that is whole.
+
+    Args:
+        folder: The run's ``last``.
 
     Raises:
-        UserError: The folder is missing or damaged.
+        UserError: Neither it nor the one before it is whole.
     """
-    if not folder.exists():  # the run ended between the two renames of write_folder
-        folder = folder.with_name(f"{folder.name}.previous")
-    try:
-        values = json.loads((folder / PROGRESSION_FILE).read_text(encoding="utf-8"))
-        progression = Progression(**values)
-        load_checkpoint(model, str(folder / "model.safetensors"))
-        state: dict[str, Any] = torch.load(
-            folder / STATE_FILE, map_location="cpu", weights_only=True
-        )
-    except Exception as error:
-        # Whatever a damaged file makes json, safetensors or torch raise, the cause is the same.
-        raise UserError(
-            f"Cannot continue from {folder}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}; start a new run."
-        ) from error
-    return state, progression
+    complaints = []
+    for candidate in (folder, previous_of(folder)):
+        damage = find_damage(candidate)
+        if damage is not None:
+            complaints.append(f"{candidate}: {damage}")
+            continue
+        values = json.loads((candidate / PROGRESSION_FILE).read_text(encoding="utf-8"))
+        values["sums"] = tuple(EpochSums(**sums) for sums in values["sums"])
+        rows = read_history(candidate / HISTORY_FILE)
+        # A folder that is not there was being replaced, and the one before it is the newest.
+        damaged = complaints if folder.exists() else []
+        return Checkpoint(candidate, Progression(**values), rows, "; ".join(damaged))
+    raise UserError(f"No checkpoint to go on from ({'; '.join(complaints)}); start a new run.")
 
 
 def _export(
@@ -190,13 +197,3 @@ def _export(
         )
     finally:
         exported.pretrained_cfg = before
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and renames without this
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

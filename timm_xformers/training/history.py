@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
-import os
+import io
 from pathlib import Path
+
+from timm_xformers.training.atomic import write_text
 
 __all__ = ["EpochRow", "read_history", "write_history"]
 
@@ -38,18 +40,15 @@ class EpochRow:
 
 
 def write_history(path: Path, rows: list[EpochRow]) -> None:
-    """Replace the file; a reader sees the rows of before or those of now, never half of them."""
+    """Replace the file by these rows."""
     names = [field.name for field in dataclasses.fields(EpochRow)]
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        for row in rows:
-            values = dataclasses.asdict(row)
-            writer.writerow({k: "" if v is None else repr(v) for k, v in values.items()})
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    for row in rows:
+        values = dataclasses.asdict(row)
+        writer.writerow({k: "" if v is None else repr(v) for k, v in values.items()})
+    write_text(path, text.getvalue())
 
 
 def read_history(path: Path) -> list[EpochRow]:

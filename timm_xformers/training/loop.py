@@ -1,6 +1,8 @@
 """One epoch of training, on any number of processes."""
 
 import contextlib
+import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +25,31 @@ from timm_xformers.training.order import (
     train_batches,
 )
 
-__all__ = ["EpochStats", "Trainer"]
+__all__ = ["EpochStats", "EpochSums", "Trainer"]
 
 # How often the running loss leaves the device: reading it waits for everything before it.
 REPORT_SECONDS = 0.5
+
+
+@dataclass
+class EpochSums:
+    """What one process adds up over an epoch, so that an epoch can be continued.
+
+    Attributes:
+        loss: Training losses of its passes.
+        right: Right answers.
+        passes: Passes.
+        images: Images.
+        seconds: Wall time.
+        wait_seconds: Part of it spent waiting for batches.
+    """
+
+    loss: float = 0.0
+    right: int = 0
+    passes: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,15 +107,23 @@ class Trainer:
     updates: int = 0
 
     def train_epoch(
-        self, data: Batches, epoch: int, on_progress: Callable[[int, float, float, float], None]
+        self,
+        data: Batches,
+        epoch: int,
+        on_progress: Callable[[int, float, float, float], None],
+        on_update: Callable[[Callable[[], EpochSums]], None],
+        sums: EpochSums,
     ) -> EpochStats:
-        """Train on every batch of one epoch.
+        """Train on the batches of one epoch that are left.
 
         Args:
             data: Training images.
             epoch: Number of the epoch; decides the order.
             on_progress: Told now and then: batches done, mean loss, accuracy in percent and images
                 per second of the epoch so far.
+            on_update: Called after every update but the last, with a function that gives the sums
+                so far. That is where an epoch can be left and continued.
+            sums: Of the batches that are done.
 
         Raises:
             UserError: The loss is no longer a number.
@@ -107,15 +138,21 @@ class Trainer:
             rank=rank,
             world_size=world_size,
         )
-        watch = _LossWatch(epoch, len(order))
+        watch = _LossWatch(epoch, len(order), sums)
+        first = sums.passes
         self.wrapped.train()
-        start = reported = time.perf_counter()
-        waited = 0.0
-        stream = iter(data.batches(order, epoch))
-        for number in range(len(order)):
+        start = reported = time.perf_counter() - sums.seconds
+        stream = iter(data.batches(order[first:], epoch))
+
+        def sums_so_far() -> EpochSums:
+            watch.read()
+            sums.seconds = time.perf_counter() - start
+            return sums
+
+        for number in range(first, len(order)):
             before = time.perf_counter()
             images, labels = next(stream)
-            waited += time.perf_counter() - before
+            sums.wait_seconds += time.perf_counter() - before
             seed_everything(derive_seed(self.seed, "step", epoch, number, rank))
             # The last group of an epoch may be smaller than the others.
             group = number // self.grad_accum_steps * self.grad_accum_steps
@@ -126,18 +163,20 @@ class Trainer:
             if now - reported > REPORT_SECONDS:
                 reported = now
                 mean_loss, top1_percent = watch.read()
-                speed = watch.images * world_size / (now - start)
+                speed = sums.images * world_size / (now - start)
                 on_progress(number + 1, mean_loss, top1_percent, speed)
-        watch.read()
-        seconds = time.perf_counter() - start
-        sums = add_up(accelerator, watch.sums())
-        passes, images_seen = float(sums[2]), int(sums[3])
+            if (number + 1) % self.grad_accum_steps == 0 and number + 1 < len(order):
+                on_update(sums_so_far)
+        own = dataclasses.astuple(sums_so_far())
+        loss, right, passes, images_seen = add_up(
+            accelerator, torch.tensor(own[:4], dtype=torch.float64)
+        ).tolist()
         return EpochStats(
-            loss=float(sums[0]) / passes,
-            top1_percent=100 * float(sums[1]) / images_seen,
-            seconds=seconds,
-            wait_seconds=waited,
-            images=images_seen,
+            loss=loss / passes,
+            top1_percent=100 * right / images_seen,
+            seconds=sums.seconds,
+            wait_seconds=sums.wait_seconds,
+            images=int(images_seen),
         )
 
     def num_batches(self, num_samples: int) -> int:
@@ -185,40 +224,34 @@ class Trainer:
 class _LossWatch:
     """Collects losses and right answers on the device and reads them now and then."""
 
-    def __init__(self, epoch: int, num_batches: int) -> None:
+    def __init__(self, epoch: int, num_batches: int, sums: EpochSums) -> None:
         self.epoch = epoch
         self.num_batches = num_batches
         self.pending: list[Tensor] = []
-        self.loss_sum = 0.0
-        self.right = 0
-        self.passes = 0
-        self.images = 0
+        self.sums = sums
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         # Of two mixed images, the heavier one counts.
         labels = targets.argmax(dim=-1) if targets.dim() == 2 else targets
         right = (logits.argmax(dim=-1) == labels).sum()
         self.pending.append(torch.stack([loss.float(), right.float()]))
-        self.images += len(labels)
+        self.sums.images += len(labels)
 
     def read(self) -> tuple[float, float]:
         """Mean loss and accuracy in percent so far; names the batch whose loss is no number."""
+        sums = self.sums
         if self.pending:
-            rows = torch.stack(self.pending).cpu().double()  # (passes, 2)
+            rows = torch.stack(self.pending).cpu().tolist()  # (passes, 2)
             self.pending.clear()
-            broken = (~rows[:, 0].isfinite()).nonzero()
-            if len(broken):
-                step = self.passes + int(broken[0]) + 1
-                raise UserError(
-                    f"The loss became {float(rows[int(broken[0]), 0])} in epoch {self.epoch}, step "
-                    f"{step} of {self.num_batches}; lower lr or set clip_grad=1. The best weights "
-                    "so far are kept."
-                )
-            self.loss_sum += float(rows[:, 0].sum())
-            self.right += int(rows[:, 1].sum())
-            self.passes += len(rows)
-        return self.loss_sum / self.passes, 100 * self.right / self.images
-
-    def sums(self) -> Tensor:
-        values = [self.loss_sum, self.right, self.passes, self.images]
-        return torch.tensor(values, dtype=torch.float64)
+            # One by one: a sum must not depend on how often it was read.
+            for loss, right in rows:
+                sums.passes += 1
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"The loss became {loss} in epoch {self.epoch}, step {sums.passes} of "
+                        f"{self.num_batches}; lower lr or set clip_grad=1. The best weights so far "
+                        "are kept."
+                    )
+                sums.loss += loss
+                sums.right += int(right)
+        return sums.loss / sums.passes, 100 * sums.right / sums.images

@@ -17,11 +17,18 @@ from typing import Any, TypeVar
 
 import yaml
 
+from timm_xformers.training.atomic import write_text
 from timm_xformers.training.errors import UsageError, nearest
 
 __all__ = ["Recipe", "load_recipe", "parse_assignments", "shipped_recipes"]
 
 T = TypeVar("T")
+
+# Settings that do not shape the result.
+NO_INFLUENCE = (
+    *("seed", "output", "data_dir", "download"),
+    *("num_workers", "num_processes", "checkpoint_minutes"),
+)
 
 
 def _bounded(
@@ -121,6 +128,11 @@ class Recipe:
     color_jitter: float = _bounded(0.0, low=0.0)
     auto_augment: str | None = None
 
+    # Processes that the run must have; null: as many as the launcher started.
+    num_processes: int | None = _bounded(None, low=1)
+    # Save the state of a run within an epoch too, whenever so many minutes have passed since it
+    # was last saved; 0: only after each epoch.
+    checkpoint_minutes: float = _bounded(10.0, low=0.0)
     # Processes that decode images when they come from files.
     num_workers: int = _bounded(2, low=0)
     seed: int = _bounded(0, low=0)
@@ -154,14 +166,14 @@ class Recipe:
         for name, hint in typing.get_type_hints(type(self)).items():
             if hint is float:
                 values[name] = float(values[name])  # 1 and 1.0 are one setting
-        for name in ("seed", "output", "data_dir", "num_workers", "download"):
+        for name in NO_INFLUENCE:
             del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write every field as YAML."""
         text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
 
 def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 import timm_xformers
+from timm_xformers.training.atomic import write_text
 from timm_xformers.training.metrics import Metrics
 
 __all__ = ["Record", "environment", "peak_memory_mib", "split_fields", "wilson_interval"]
@@ -98,9 +99,7 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        fresh.replace(path)
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Record":

@@ -74,6 +74,12 @@ def open_session(recipe: Recipe) -> Session:
     # Before the process group: a stream opened after it would be cut by rank.
     data = open_data(recipe)
     accelerator = make_accelerator(recipe.mixed_precision)
+    if recipe.num_processes not in (None, accelerator.num_processes):
+        raise UsageError(
+            f"num_processes={recipe.num_processes} was asked for and {accelerator.num_processes} "
+            "joined; start them with torchrun --nproc_per_node N, since accelerate launch --cpu "
+            "starts one."
+        )
     steps = num_train_batches(len(data.train), recipe.batch_size, accelerator.num_processes)
     if steps == 0:
         raise UsageError(

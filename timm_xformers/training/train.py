@@ -2,25 +2,42 @@
 
 import dataclasses
 import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+from timm_xformers.training.atomic import previous_of, recover, sweep
 from timm_xformers.training.build import build_model
-from timm_xformers.training.checkpoint import Progression, load_last, save_best, save_last
+from timm_xformers.training.checkpoint import (
+    Checkpoint,
+    Progression,
+    open_last,
+    save_best,
+    save_last,
+)
 from timm_xformers.training.curves import plot_curves
 from timm_xformers.training.data import Batches
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.folder import RunFolder, create_run_folder, open_run_folder
-from timm_xformers.training.history import EpochRow, read_history, write_history
-from timm_xformers.training.loop import EpochStats
+from timm_xformers.training.history import EpochRow, write_history
+from timm_xformers.training.loop import EpochStats, EpochSums
 from timm_xformers.training.metrics import Metrics, evaluate_model
 from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.progress import Progress, epoch_line, headline, summary
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.results import Record, environment, split_fields
 from timm_xformers.training.session import Session, open_session
+from timm_xformers.training.stopping import Stopped, StopRequest
 
 __all__ = ["resume", "train"]
+
+# How often several processes ask each other whether to save or stop.
+UPDATES_BETWEEN_QUESTIONS = 8
 
 
 def train(recipe: Recipe) -> tuple[RunFolder, Record]:
@@ -33,14 +50,15 @@ def train(recipe: Recipe) -> tuple[RunFolder, Record]:
     folder = create_run_folder(recipe, session.accelerator)
     if session.accelerator.is_main_process:
         recipe.save(folder.recipe)
-    run = _Run(session, folder, Progression(num_processes=session.accelerator.num_processes), [])
+    progression = Progression(num_processes=session.accelerator.num_processes)
+    run = _Run(session, folder, progression, [])
     # Before the first epoch, so that a full disk or a missing right costs no training.
     run.save()
     return folder, run.execute()
 
 
 def resume(root: Path, **changes: Any) -> tuple[RunFolder, Record]:
-    """Go on after the last finished epoch, to the result of the undisturbed run.
+    """Go on where the last checkpoint stands, to the result of the undisturbed run.
 
     Args:
         root: A run folder.
@@ -51,9 +69,27 @@ def resume(root: Path, **changes: Any) -> tuple[RunFolder, Record]:
     """
     folder, recipe = open_run_folder(root)
     session = open_session(dataclasses.replace(recipe, **changes))
-    progression = _restore(session, folder)
-    rows = read_history(folder.history)[: progression.epoch]
-    return folder, _Run(session, folder, progression, rows).execute()
+    if session.accelerator.is_main_process:
+        sweep(folder.root)
+    session.accelerator.wait_for_everyone()
+    if not (folder.last.exists() or previous_of(folder.last).exists()):
+        run = _Run(session, folder, Progression(session.accelerator.num_processes), [])
+        run.save()
+        return folder, run.execute(["There is no checkpoint yet; starting at the beginning."])
+    checkpoint = open_last(folder.last)
+    _restore(session, checkpoint, folder.root)
+    progression, notes = checkpoint.progression, [f"Going on {checkpoint.progression.place}."]
+    if checkpoint.damaged:
+        notes.insert(0, f"Damaged, hence not used: {checkpoint.damaged}.")
+        if session.accelerator.is_main_process:  # or the next save would keep it as the older one
+            shutil.rmtree(folder.last, ignore_errors=True)
+    damage = _recover_best(session, folder, progression)
+    if damage:
+        notes.append(f"{folder.best} is damaged ({damage}); a later epoch will replace it.")
+        progression = dataclasses.replace(
+            progression, best_epoch=0, best_top1=-1, best_loss=math.inf
+        )
+    return folder, _Run(session, folder, progression, checkpoint.rows).execute(notes)
 
 
 @dataclasses.dataclass
@@ -67,6 +103,7 @@ class _Run:
         rows: One for each finished epoch.
         train_data: Augmented training images.
         val_data: Validation images, if there are any.
+        saved_at: When ``last/`` was written.
     """
 
     session: Session
@@ -75,55 +112,74 @@ class _Run:
     rows: list[EpochRow]
     train_data: Batches = dataclasses.field(init=False)
     val_data: Batches | None = dataclasses.field(init=False)
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         session, val = self.session, self.session.data.val
         self.train_data = session.batches(session.data.train, training=True)
         self.val_data = None if val is None else session.batches(val)
 
-    def execute(self) -> Record:
-        """Train the epochs that are left, then measure the best weights."""
+    def execute(self, notes: Sequence[str] = ()) -> Record:
+        """Train what is left, then measure the best weights.
+
+        Args:
+            notes: To be said first.
+
+        Raises:
+            Stopped: A signal came; the state is saved.
+        """
         session, folder = self.session, self.folder
         recipe, accelerator = session.recipe, session.accelerator
-        with Progress(
-            folder.log,
-            total_steps=session.steps * recipe.epochs,
-            done_steps=session.steps * self.progression.epoch,
-            speaking=accelerator.is_main_process,
-        ) as progress:
-            progress.say(headline(session, folder.root))
+        done_passes = self.progression.sums[0].passes if self.progression.sums else 0
+        with (
+            StopRequest() as request,
+            Progress(
+                folder.log,
+                total_steps=session.steps * recipe.epochs,
+                done_steps=session.steps * self.progression.epoch + done_passes,
+                speaking=accelerator.is_main_process,
+            ) as progress,
+        ):
+            for line in (headline(session, folder.root), *notes):
+                progress.say(line)
             try:
                 for epoch in range(self.progression.epoch + 1, recipe.epochs + 1):
-                    reached, row = self._epoch(epoch, progress)
+                    reached, row = self._epoch(epoch, progress, request)
                     self.rows.append(row)
                     if accelerator.is_main_process:
                         write_history(folder.history, self.rows)
                     self.save(reached)
                     left = progress.remaining(session.steps * epoch)
                     progress.say(epoch_line(row, recipe.epochs, left))
-            except KeyboardInterrupt:
+                    self._leave_if_asked(request.signum if epoch < recipe.epochs else 0)
+            except (KeyboardInterrupt, Stopped):
                 progress.say(
-                    f"Stopped. {folder.last} holds the state after epoch "
-                    f"{self.progression.epoch}; go on with: timm-xformers train --resume "
-                    f"{folder.root}"
+                    f"Stopped. {folder.last} holds the state {self.progression.place}; go on with: "
+                    f"timm-xformers train --resume {folder.root}"
                 )
                 raise
             record = self._measure()
             if accelerator.is_main_process:
                 plot_curves(folder.curves, self.rows, record)
                 record.save(folder.record)
+                shutil.rmtree(previous_of(folder.last), ignore_errors=True)
             progress.say(summary(record))
         accelerator.end_training()
         return record
 
-    def _epoch(self, epoch: int, progress: Progress) -> tuple[Progression, EpochRow]:
+    def _epoch(
+        self, epoch: int, progress: Progress, request: StopRequest
+    ) -> tuple[Progression, EpochRow]:
         session, trainer = self.session, self.session.trainer
         before = session.steps * (epoch - 1)
         label = f"epoch {epoch}/{session.recipe.epochs}"
+        rank, sums = session.accelerator.process_index, self.progression.sums
         stats = trainer.train_epoch(
             self.train_data,
             epoch,
             lambda done, *figures: progress.at(before + done, label, *figures),
+            lambda so_far: self._between_updates(so_far, request),
+            dataclasses.replace(sums[rank]) if sums else EpochSums(),
         )
         metrics = None
         if self.val_data is not None:
@@ -138,7 +194,9 @@ class _Run:
                     f"The validation loss became {metrics.loss} after epoch {epoch}; lower lr or "
                     "set clip_grad=1. The best weights so far are kept."
                 )
-        reached = dataclasses.replace(self.progression, epoch=epoch, updates=trainer.updates)
+        reached = dataclasses.replace(
+            self.progression, epoch=epoch, sums=(), updates=trainer.updates
+        )
         if metrics is None or _better(metrics, reached):
             reached = dataclasses.replace(
                 reached,
@@ -149,6 +207,36 @@ class _Run:
             if session.accelerator.is_main_process:
                 save_best(self.folder.best, trainer.best_weights, *_description(session))
         return reached, _row(epoch, stats, metrics, trainer.optimizer.param_groups)
+
+    def _between_updates(self, so_far: Callable[[], EpochSums], request: StopRequest) -> None:
+        """Save within an epoch, if it is time or a signal came.
+
+        All processes must come to the same answer, and asking each other costs time, so several
+        of them ask only now and then.
+        """
+        session, trainer = self.session, self.session.trainer
+        accelerator = session.accelerator
+        minutes = session.recipe.checkpoint_minutes
+        due = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+        signum = request.signum
+        if accelerator.num_processes > 1:
+            if trainer.updates % UPDATES_BETWEEN_QUESTIONS:
+                return
+            wishes = torch.tensor([[int(due), signum]], device=accelerator.device)
+            due, signum = accelerator.gather(wishes).amax(dim=0).tolist()
+        if due or signum:
+            everyones = gather_object([dataclasses.astuple(so_far())])
+            sums = tuple(EpochSums(*values) for values in everyones)
+            self.save(dataclasses.replace(self.progression, sums=sums, updates=trainer.updates))
+        if signum:
+            raise Stopped(f"Stopped by signal {signum}.", signum)
+
+    def _leave_if_asked(self, signum: int) -> None:
+        """Stop between epochs, if a signal came to any process."""
+        accelerator = self.session.accelerator
+        signums = accelerator.gather(torch.tensor([signum], device=accelerator.device))
+        if signums.max():
+            raise Stopped(f"Stopped by signal {int(signums.max())}.", int(signums.max()))
 
     def save(self, reached: Progression | None = None) -> None:
         """Write ``last/``, which then stands where the run is."""
@@ -161,9 +249,11 @@ class _Run:
                 "ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
-            save_last(self.folder.last, trainer.model, *_description(self.session), state, reached)
+            description = _description(self.session)
+            save_last(self.folder.last, trainer.model, *description, state, reached, self.rows)
         accelerator.wait_for_everyone()
         self.progression = reached
+        self.saved_at = time.monotonic()
 
     def _measure(self) -> Record:
         """Validate and test the weights as they lie in ``best/``; the only look at the test set."""
@@ -204,15 +294,16 @@ class _Run:
         )
 
 
-def _restore(session: Session, folder: RunFolder) -> Progression:
-    """Put a session where ``last/`` stands."""
+def _restore(session: Session, checkpoint: Checkpoint, root: Path) -> None:
+    """Put a session where a checkpoint stands."""
     trainer, accelerator = session.trainer, session.accelerator
-    state, progression = load_last(folder.last, trainer.model)
+    progression = checkpoint.progression
     if progression.num_processes != accelerator.num_processes:
         raise UserError(
-            f"{folder.root} was started with {progression.num_processes} processes, and these "
-            f"are {accelerator.num_processes}; go on with as many."
+            f"{root} was started with {progression.num_processes} processes, and these are "
+            f"{accelerator.num_processes}; go on with as many."
         )
+    state = checkpoint.load(trainer.model)
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.ema is not None:
         trainer.ema.module.load_state_dict(state["ema"])
@@ -221,7 +312,15 @@ def _restore(session: Session, folder: RunFolder) -> Progression:
     trainer.updates = progression.updates
     if trainer.scheduler is not None:
         trainer.scheduler.step_update(trainer.updates)
-    return progression
+
+
+def _recover_best(session: Session, folder: RunFolder, progression: Progression) -> str | None:
+    """Look after ``best/``; what is wrong with it, told to all processes."""
+    answer: list[str | None] = [None]
+    if session.accelerator.is_main_process and progression.best_epoch:
+        answer = [recover(folder.best)]
+    broadcast_object_list(answer)
+    return answer[0]
 
 
 def _description(session: Session) -> tuple[dict[str, Any], Preprocessing, tuple[str, ...]]:

@@ -8,7 +8,10 @@ from timm_xformers.training.recipe import Recipe, load_recipe, parse_assignments
 __all__ = ["add_recipe_options", "given_values", "recipe_from"]
 
 # Flags with the name of a recipe field.
-FIELDS = ("model", "data", "data_dir", "epochs", "batch_size", "img_size", "seed", "output")
+FIELDS = (
+    *("model", "data", "data_dir", "epochs", "batch_size", "img_size", "seed", "output"),
+    "num_processes",
+)
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:

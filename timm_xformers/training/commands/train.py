@@ -17,12 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser)
     parser.add_argument("--epochs", type=int, metavar="N")
     parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="refuse to run with more or fewer processes"
+    )
+    parser.add_argument(
         "--output", metavar="FOLDER", help="run folder to create; default runs/MODEL-DATA-N"
     )
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with an interrupted run after its last finished epoch, exactly",
+        help="go on with an interrupted run from its last checkpoint, exactly",
     )
 
 

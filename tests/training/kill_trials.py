@@ -1,0 +1,139 @@
+"""Kill a training run at random moments until it is done, and compare: ``--trials 200``.
+
+Each trial trains the same small run in a process of its own, with mixup, averaged weights and
+accumulation on, and kills it by SIGKILL after a random time, again and again, until it has
+finished. What it leaves must equal the undisturbed run bit for bit. Children are forked, so that
+a start costs no imports.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from timm_xformers.training.recipe import Recipe
+from timm_xformers.training.train import resume, train
+
+MODEL = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+RUN = Recipe(
+    model="vit_tiny_patch16_224",
+    model_kwargs={**MODEL, "proj_drop_rate": 0.1},
+    epochs=2,
+    lr=3e-3,
+    batch_size=64,
+    grad_accum_steps=2,
+    mixup=0.2,
+    cutmix=0.5,
+    drop_path_rate=0.2,
+    crop_pad=1,
+    rotate_degrees=10.0,
+    re_prob=0.3,
+    model_ema_decay=0.9,
+    clip_grad=1.0,
+)
+# Saving always, now and then, and after epochs only: kills fall into writing and into computing.
+PACES = (1e-9, 0.002, 0.0)
+
+
+def start(root: Path, minutes: float) -> int:
+    """Fork a child that starts or continues the run; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with (root.parent / f"{root.name}.log").open("a") as log:
+            os.dup2(log.fileno(), 2)
+            try:
+                if (root / "recipe.yaml").exists():
+                    resume(root, checkpoint_minutes=minutes)
+                else:
+                    train(replace(RUN, output=str(root), checkpoint_minutes=minutes))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """Wait for a child; kill it when the time is over. Returns its code, None if killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+
+
+def trial(root: Path, rng: random.Random, seconds: float) -> tuple[bool, int]:
+    """Kill and continue until the run is done.
+
+    Returns:
+        Whether it ever failed to go on, and how often it was killed.
+    """
+    kills = 0
+    while True:
+        # At first often before it is done; later it gets the time it needs.
+        patience = rng.uniform(0, seconds) if kills < 6 else 60.0
+        code = wait(start(root, rng.choice(PACES)), patience)
+        if code is None:
+            kills += 1
+        else:  # a run killed after its end refuses to go on, and rightly
+            return code != 0 and not (root / "results.json").exists(), kills
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Names of what is not equal, bit for bit; times are left out."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from test_resume import assert_same_run
+
+    try:
+        assert_same_run(one, other)
+    except AssertionError as error:
+        return [str(error)[:200]]
+    return []
+
+
+def main(trials: int, seed: int = 0) -> int:
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    lost = unlike = kills = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        begin = time.monotonic()
+        assert wait(start(folder / "whole", 0.0), 120) == 0
+        seconds = time.monotonic() - begin
+        for number in range(trials):
+            root = folder / f"run{number}"
+            failed, killed = trial(root, rng, 1.2 * seconds)
+            kills += killed
+            if failed:
+                lost += 1
+                print((folder / f"{root.name}.log").read_text()[-2000:])
+            elif found := differences(folder / "whole", root):
+                unlike += 1
+                print(root.name, found)
+            if (number + 1) % 20 == 0:
+                print(f"{number + 1} trials, {kills} kills, {lost} lost, {unlike} different")
+    print(f"{trials} trials, {kills} kills, {lost} lost, {unlike} different")
+    return int(lost + unlike > 0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    raise SystemExit(main(options.trials, options.seed))
