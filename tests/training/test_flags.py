@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from timm_xformers.training.errors import UsageError, UserError
+from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.order import seed_everything
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.session import open_session
@@ -36,6 +37,7 @@ ON_DIGITS = {
     "drop_path_rate": 0.5,
     "model_ema_decay": 0.9,
     "mixed_precision": "bf16",
+    "stages": [{"epoch": 1, "img_size": 12, "batch_size": 32}],
     "hflip": 0.5,
     "re_prob": 0.5,
     "crop_pad": 1,
@@ -58,11 +60,14 @@ ELSEWHERE = {
     "data", "data_dir", "val_split", "test_split", "download",  # test_data
     "output", "pretrained",  # test_train
     "num_workers",  # test_data: must not change a result
+    "checkpoint_minutes",  # test_resume: must not change a result
+    "num_processes",  # test_train
+    "channels_last", "grad_checkpointing", "compile",  # test_stages: hardly change a result
 }  # fmt: skip
 
 
 def train_epoch(session, batches):
-    session.trainer.train_epoch(batches, 1, lambda *_: None)
+    session.trainer.train_epoch(batches, 1, lambda *_: None, lambda _: None, EpochSums())
 
 
 def fingerprint(recipe):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,6 @@ from timm_xformers.training.errors import UserError
 from timm_xformers.training.metrics import add_up
 from timm_xformers.training.order import (
     derive_seed,
-    num_train_batches,
     seed_everything,
     train_batches,
 )
@@ -88,6 +88,8 @@ class Trainer:
         clip_grad: Largest norm of the gradient; 0 does not limit it.
         grad_accum_steps: Passes per update.
         batch_size: Images per process and pass.
+        updates_per_epoch: Unit of the schedule: updates of an epoch of the last stage.
+        channels_last: Hand images over with the channels last.
         seed: Seed of the run.
         updates: Updates so far.
     """
@@ -103,6 +105,8 @@ class Trainer:
     clip_grad: float
     grad_accum_steps: int
     batch_size: int
+    updates_per_epoch: int
+    channels_last: bool
     seed: int
     updates: int = 0
 
@@ -158,6 +162,8 @@ class Trainer:
             group = number // self.grad_accum_steps * self.grad_accum_steps
             group_size = min(self.grad_accum_steps, len(order) - group)
             loss, logits, targets = self._pass(images, labels, number - group, group_size)
+            if number - group == group_size - 1:
+                self.step_schedule(epoch, number + 1, len(order))
             watch.add(loss, logits, targets)
             now = time.perf_counter()
             if now - reported > REPORT_SECONDS:
@@ -179,9 +185,21 @@ class Trainer:
             images=int(images_seen),
         )
 
-    def num_batches(self, num_samples: int) -> int:
-        """Passes per process and epoch."""
-        return num_train_batches(num_samples, self.batch_size, self.accelerator.num_processes)
+    def step_schedule(self, epoch: int, passes: int, num_batches: int) -> None:
+        """Set the learning rate to what follows a point of the run.
+
+        Args:
+            epoch: The epoch.
+            passes: Passes of it that are done.
+            num_batches: Passes that it has.
+        """
+        if self.scheduler is None:
+            return
+        done, all_ = (math.ceil(n / self.grad_accum_steps) for n in (passes, num_batches))
+        unit = self.updates_per_epoch
+        # Epochs of other stages have more or fewer updates, and count as one unit all the same.
+        within: Any = done if all_ == unit else done * unit / all_
+        self.scheduler.step_update((epoch - 1) * unit + within)
 
     def _pass(
         self, images: Tensor, labels: Tensor, place: int, group_size: int
@@ -196,6 +214,8 @@ class Trainer:
         targets = labels
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         last = place == group_size - 1
         # Only the last pass of a group needs the other processes' gradients.
         sync = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
@@ -209,8 +229,6 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.updates += 1
-            if self.scheduler is not None:
-                self.scheduler.step_update(self.updates)
             if self.ema is not None:
                 self.ema.update(self.model, step=self.updates)
         return loss.detach(), logits.detach(), targets

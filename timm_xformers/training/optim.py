@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from timm_xformers.training.errors import UsageError, nearest
 from timm_xformers.training.recipe import Recipe
 
-__all__ = ["make_criterion", "make_ema", "make_mixup", "make_optimizer", "make_scheduler"]
+__all__ = [
+    "make_criterion",
+    "make_ema",
+    "make_mixup",
+    "make_optimizer",
+    "make_scheduler",
+    "renew_optimizer",
+]
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
@@ -39,6 +46,27 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
         )
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise UsageError(f"opt={recipe.opt} with opt_kwargs={options}: {error}") from error
+
+
+def renew_optimizer(
+    old: Optimizer, before: dict[str, nn.Parameter], model: nn.Module, recipe: Recipe
+) -> Optimizer:
+    """Create the optimiser again for a model some of whose parameters were replaced.
+
+    Args:
+        old: The optimiser so far.
+        before: The parameters it updates, by name.
+        model: With parameters of the same names.
+        recipe: As for `make_optimizer`.
+
+    Returns:
+        One that knows what the old one knew of parameters whose shape did not change.
+    """
+    new = make_optimizer(model, recipe)
+    for name, parameter in model.named_parameters():
+        if parameter.shape == before[name].shape and before[name] in old.state:
+            new.state[parameter] = old.state[before[name]]
+    return new
 
 
 def make_scheduler(

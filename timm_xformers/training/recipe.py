@@ -84,6 +84,9 @@ class Recipe:
     epochs: int = _bounded(30, low=1)
     # Images per process and pass.
     batch_size: int = _bounded(64, low=1)
+    # Other image sides and batch sizes from an epoch on, for growing images, such as
+    # [{epoch: 1, img_size: 14, batch_size: 256}, {epoch: 21, img_size: 28}].
+    stages: list[dict[str, int]] = dataclasses.field(default_factory=list)
     # Passes whose gradients are averaged before one update.
     grad_accum_steps: int = _bounded(1, low=1)
     # Name of a timm optimiser, and further arguments of it, such as {betas: [0.9, 0.95]}.
@@ -112,6 +115,12 @@ class Recipe:
     # Decay per update of averaged weights, which are then the ones evaluated and kept in best/.
     model_ema_decay: float = _bounded(0.0, low=0.0, high=0.99999)
     mixed_precision: str = _bounded("no", choices=("no", "bf16", "fp16"))
+    # Keep images and filters with the channels last, which convolutions like.
+    channels_last: bool = False
+    # Recompute activations in the backward pass instead of keeping them.
+    grad_checkpointing: bool = False
+    # Compile the model by torch.compile: a minute or more at first, faster steps then.
+    compile: bool = False
 
     # Augmentation in both paths: probabilities of a horizontal flip and of an erased rectangle.
     hflip: float = _bounded(0.0, low=0.0, high=1.0)
@@ -148,6 +157,7 @@ class Recipe:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             _check(field, hints[field.name], getattr(self, field.name))
+        _check_stages(self)
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(
                 f"batch_size={self.batch_size} is odd, and mixup and cutmix pair the images of a "
@@ -185,6 +195,7 @@ def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         allowed = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        allowed |= {list: "a list"}
         allowed_text = allowed.get(kind, "a mapping such as {name: value}")
         raise UsageError(
             f"{field.name}={value!r} has the wrong type; it takes {allowed_text}"
@@ -207,6 +218,26 @@ def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
             words = [f"above {low:g}" if bounds["open_low"] else f"at least {low:g}"]
             words += [f"at most {high:g}"] if high < math.inf else []
             raise UsageError(f"{field.name}={value!r} is out of range; use {' and '.join(words)}.")
+
+
+def _check_stages(recipe: Recipe) -> None:
+    known = {"epoch": recipe.epochs, "img_size": math.inf, "batch_size": math.inf}
+    before = 0
+    for entry in recipe.stages:
+        for key, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
+            if key not in known or type(value) is not int or not 1 <= value <= known[key]:
+                raise UsageError(
+                    f"stages has {key}={value!r}; an entry takes epoch (1 to {recipe.epochs}), "
+                    "img_size and batch_size, such as {epoch: 1, img_size: 14}."
+                )
+        if entry.get("epoch", 0) <= before:
+            raise UsageError(
+                f"stages has {entry} after epoch {before}; each entry names its first epoch, in "
+                "rising order."
+            )
+        before = entry["epoch"]
+        if (recipe.mixup or recipe.cutmix) and entry.get("batch_size", 2) % 2:
+            raise UsageError(f"stages has {entry}, and mixup needs an even batch_size.")
 
 
 def load_recipe(source: str | None, overrides: Mapping[str, Any]) -> Recipe:

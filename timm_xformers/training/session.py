@@ -4,7 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
 
 from timm_xformers.training.build import build_model, check_input
 from timm_xformers.training.data import Batches, Data, make_batches, open_data
@@ -17,16 +20,18 @@ from timm_xformers.training.optim import (
     make_mixup,
     make_optimizer,
     make_scheduler,
+    renew_optimizer,
 )
 from timm_xformers.training.order import derive_seed, num_train_batches, seed_everything
 from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.rawsplit import RawSplit
 from timm_xformers.training.recipe import Recipe
+from timm_xformers.training.stages import Stage, read_stages, stage_of
 
 __all__ = ["Session", "open_session"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Session:
     """A recipe made real.
 
@@ -34,24 +39,69 @@ class Session:
         recipe: Where everything below comes from.
         data: Splits, not decoded.
         accelerator: Devices and processes.
+        stages: Image sides and batch sizes by epoch.
+        stage: The present one.
         preprocessing: What the model expects of an image.
         model_args: Arguments that build the model again, by name.
         trainer: The model and what updates it.
-        steps: Passes per process and epoch.
     """
 
     recipe: Recipe
     data: Data
     accelerator: Accelerator
+    stages: tuple[Stage, ...]
+    stage: Stage
     preprocessing: Preprocessing
     model_args: dict[str, Any]
     trainer: Trainer
-    steps: int
 
     @property
     def num_params(self) -> int:
         """Parameters of the model."""
         return sum(parameter.numel() for parameter in self.trainer.model.parameters())
+
+    def steps_in(self, epoch: int) -> int:
+        """Passes per process in an epoch."""
+        batch_size = stage_of(self.stages, epoch).batch_size
+        return num_train_batches(len(self.data.train), batch_size, self.accelerator.num_processes)
+
+    def steps_through(self, epoch: int) -> int:
+        """Passes per process from the start to the end of an epoch."""
+        return sum(self.steps_in(number) for number in range(1, epoch + 1))
+
+    def enter(self, epoch: int) -> bool:
+        """Bring the model to the stage of an epoch.
+
+        Returns:
+            Whether the size of the images changed.
+        """
+        stage, before = stage_of(self.stages, epoch), self.stage
+        self.stage = stage
+        self.trainer.batch_size = stage.batch_size
+        if stage.img_size is None or stage.img_size == before.img_size:
+            return False
+        side = stage.img_size
+        self.preprocessing = dataclasses.replace(self.preprocessing, img_size=side)
+        if "img_size" in self.model_args:
+            self.model_args["img_size"] = side
+        self._resize(side)
+        self.trainer.step_schedule(max(epoch, 1), 0, self.steps_in(epoch))
+        return True
+
+    def _resize(self, side: int) -> None:
+        trainer, accelerator = self.trainer, self.accelerator
+        model: Any = trainer.model
+        before = dict(model.named_parameters())
+        accelerator.unwrap_model(trainer.wrapped, keep_fp32_wrapper=False)
+        averaged: list[Any] = [] if trainer.ema is None else [trainer.ema.module]
+        for sized in (model, *averaged):
+            if hasattr(sized, "set_input_size"):  # convolutional families take any size
+                sized.set_input_size(img_size=(side, side))
+        optimizer: Any = trainer.optimizer
+        renewed = renew_optimizer(optimizer.optimizer, before, model, self.recipe)
+        trainer.scheduler = make_scheduler(renewed, self.recipe, trainer.updates_per_epoch)
+        accelerator.free_memory()
+        trainer.wrapped, trainer.optimizer = _prepare(accelerator, model, renewed, self.recipe)
 
     def batches(self, split: RawSplit, *, training: bool = False) -> Batches:
         """Decode a split, or prepare to, for training (augmented) or evaluation."""
@@ -80,29 +130,32 @@ def open_session(recipe: Recipe) -> Session:
             "joined; start them with torchrun --nproc_per_node N, since accelerate launch --cpu "
             "starts one."
         )
-    steps = num_train_batches(len(data.train), recipe.batch_size, accelerator.num_processes)
-    if steps == 0:
-        raise UsageError(
-            f"{len(data.train)} training images do not fill one batch of {recipe.batch_size} for "
-            f"each of {accelerator.num_processes} processes; lower batch_size."
-        )
-    preprocessing, model_args, trainer = _make_trainer(recipe, data, accelerator, steps)
-
+    stages = read_stages(recipe, recipe.img_size or data.img_size)
+    for stage in stages:
+        if len(data.train) < stage.batch_size * accelerator.num_processes:
+            raise UsageError(
+                f"{len(data.train)} training images do not fill one batch of {stage.batch_size} "
+                f"for each of {accelerator.num_processes} processes; lower batch_size."
+            )
+    # The unit of the schedule is an epoch of the last stage.
+    steps = num_train_batches(len(data.train), stages[-1].batch_size, accelerator.num_processes)
+    preprocessing, model_args, trainer = _make_trainer(recipe, data, accelerator, stages[0], steps)
     return Session(
         recipe=recipe,
         data=data,
         accelerator=accelerator,
+        stages=stages,
+        stage=stages[0],
         preprocessing=preprocessing,
         model_args=model_args,
         trainer=trainer,
-        steps=steps,
     )
 
 
 def _make_trainer(
-    recipe: Recipe, data: Data, accelerator: Accelerator, steps: int
+    recipe: Recipe, data: Data, accelerator: Accelerator, stage: Stage, steps: int
 ) -> tuple[Preprocessing, dict[str, Any], Trainer]:
-    img_size = recipe.img_size or data.img_size
+    img_size = stage.img_size
     arguments: dict[str, Any] = {
         "in_chans": data.in_chans,
         "num_classes": data.num_classes,
@@ -122,13 +175,16 @@ def _make_trainer(
     check_input(model, preprocessing.shape)
 
     model.to(accelerator.device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if recipe.grad_checkpointing:
+        _checkpoint_blocks(model, recipe.model)
     optimizer = make_optimizer(model, recipe)
-    scheduler = make_scheduler(
-        optimizer, recipe, updates_per_epoch=math.ceil(steps / recipe.grad_accum_steps)
-    )
+    updates_per_epoch = math.ceil(steps / recipe.grad_accum_steps)
+    scheduler = make_scheduler(optimizer, recipe, updates_per_epoch)
     # Copied before accelerate replaces the model's forward method.
     ema = make_ema(model, recipe)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    wrapped, prepared = _prepare(accelerator, model, optimizer, recipe)
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
@@ -140,7 +196,26 @@ def _make_trainer(
         ema=ema,
         clip_grad=recipe.clip_grad,
         grad_accum_steps=recipe.grad_accum_steps,
-        batch_size=recipe.batch_size,
+        batch_size=stage.batch_size,
+        updates_per_epoch=updates_per_epoch,
+        channels_last=recipe.channels_last,
         seed=recipe.seed,
     )
     return preprocessing, model_args, trainer
+
+
+def _prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, recipe: Recipe
+) -> tuple[nn.Module, Optimizer]:
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    compiled: Any = torch.compile(wrapped) if recipe.compile else wrapped
+    return compiled, prepared
+
+
+def _checkpoint_blocks(model: Any, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        raise UsageError(
+            f"{name} cannot recompute its activations; use grad_checkpointing=false."
+        ) from error

@@ -36,6 +36,7 @@ from timm_xformers.training.stopping import Stopped, StopRequest
 
 __all__ = ["resume", "train"]
 
+NO_BEST: dict[str, Any] = {"best_epoch": 0, "best_top1": -1, "best_loss": math.inf}
 # How often several processes ask each other whether to save or stop.
 UPDATES_BETWEEN_QUESTIONS = 8
 
@@ -86,9 +87,7 @@ def resume(root: Path, **changes: Any) -> tuple[RunFolder, Record]:
     damage = _recover_best(session, folder, progression)
     if damage:
         notes.append(f"{folder.best} is damaged ({damage}); a later epoch will replace it.")
-        progression = dataclasses.replace(
-            progression, best_epoch=0, best_top1=-1, best_loss=math.inf
-        )
+        progression = dataclasses.replace(progression, **NO_BEST)
     return folder, _Run(session, folder, progression, checkpoint.rows).execute(notes)
 
 
@@ -115,6 +114,9 @@ class _Run:
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        self._open_batches()
+
+    def _open_batches(self) -> None:
         session, val = self.session, self.session.data.val
         self.train_data = session.batches(session.data.train, training=True)
         self.val_data = None if val is None else session.batches(val)
@@ -135,8 +137,8 @@ class _Run:
             StopRequest() as request,
             Progress(
                 folder.log,
-                total_steps=session.steps * recipe.epochs,
-                done_steps=session.steps * self.progression.epoch + done_passes,
+                total_steps=session.steps_through(recipe.epochs),
+                done_steps=session.steps_through(self.progression.epoch) + done_passes,
                 speaking=accelerator.is_main_process,
             ) as progress,
         ):
@@ -149,7 +151,7 @@ class _Run:
                     if accelerator.is_main_process:
                         write_history(folder.history, self.rows)
                     self.save(reached)
-                    left = progress.remaining(session.steps * epoch)
+                    left = progress.remaining(session.steps_through(epoch))
                     progress.say(epoch_line(row, recipe.epochs, left))
                     self._leave_if_asked(request.signum if epoch < recipe.epochs else 0)
             except (KeyboardInterrupt, Stopped):
@@ -171,7 +173,11 @@ class _Run:
         self, epoch: int, progress: Progress, request: StopRequest
     ) -> tuple[Progression, EpochRow]:
         session, trainer = self.session, self.session.trainer
-        before = session.steps * (epoch - 1)
+        if session.enter(epoch):
+            self._open_batches()
+            # Only weights of the last size are of use.
+            self.progression = dataclasses.replace(self.progression, **NO_BEST)
+        before = session.steps_through(epoch - 1)
         label = f"epoch {epoch}/{session.recipe.epochs}"
         rank, sums = session.accelerator.process_index, self.progression.sums
         stats = trainer.train_epoch(
@@ -298,6 +304,8 @@ def _restore(session: Session, checkpoint: Checkpoint, root: Path) -> None:
     """Put a session where a checkpoint stands."""
     trainer, accelerator = session.trainer, session.accelerator
     progression = checkpoint.progression
+    running = progression.epoch + (1 if progression.sums else 0)
+    session.enter(running)  # the size that the weights have
     if progression.num_processes != accelerator.num_processes:
         raise UserError(
             f"{root} was started with {progression.num_processes} processes, and these are "
@@ -310,8 +318,9 @@ def _restore(session: Session, checkpoint: Checkpoint, root: Path) -> None:
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     trainer.updates = progression.updates
-    if trainer.scheduler is not None:
-        trainer.scheduler.step_update(trainer.updates)
+    passes = progression.sums[0].passes if progression.sums else 0
+    epoch = progression.epoch + 1
+    trainer.step_schedule(epoch, passes, session.steps_in(epoch))
 
 
 def _recover_best(session: Session, folder: RunFolder, progression: Progression) -> str | None:

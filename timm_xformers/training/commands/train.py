@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="FOLDER", help="run folder to create; default runs/MODEL-DATA-N"
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and what it would cost, measured on a few steps",
+    )
+    parser.add_argument(
         "--resume",
         metavar="RUN",
         help="go on with an interrupted run from its last checkpoint, exactly",
@@ -32,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and say where the results are."""
     require_extra("train", "accelerate", "matplotlib", "tqdm")
+    if args.dry_run:
+        if args.resume is not None:
+            raise UsageError("--dry-run shows a run before it starts; drop it, or drop --resume.")
+        from timm_xformers.training.dryrun import dry_run
+
+        print(dry_run(recipe_from(args)))
+        return
     if args.resume is None:
         recipe = recipe_from(args)
         from timm_xformers.training.train import train
