@@ -134,7 +134,7 @@ def test_missing_rights_are_one_sentence(tmp_path, monkeypatch, capsys):
     command = ["evaluate", "--model", "vit_tiny_patch16_224", "--output", "nowhere/r.json"]
     monkeypatch.setattr("timm_xformers.training.evaluate.evaluate", lambda *_: RECORD)
     assert main(command) == 1
-    assert "nowhere/r.tmp: No such file or directory" in capsys.readouterr().err
+    assert "nowhere/r.json: No such file or directory" in capsys.readouterr().err
     (tmp_path / "runs").write_text("")
     assert main(["train", *TINY]) == 1
     assert "Cannot create the run folder runs" in capsys.readouterr().err

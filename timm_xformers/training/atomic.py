@@ -26,6 +26,9 @@ def write_text(path: Path, text: str) -> None:
         fresh.write_text(text, encoding="utf-8", newline="")
         _sync(fresh)
         fresh.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
     finally:
         fresh.unlink(missing_ok=True)
 
