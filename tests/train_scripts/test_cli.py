@@ -77,6 +77,9 @@ def test_scripts_train_and_evaluate_our_model(monkeypatch, capsys, tmp_path):
     assert printed["test_top1_percent"] == record["test_top1_percent"]
     assert printed["test_loss"] == record["test_loss"]
 
+    assert run_script("report.py", ["run", "again.json"], monkeypatch) == 0
+    assert capsys.readouterr().out == "2 runs in 2 groups are compared in report/report.md\n"
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
@@ -93,6 +96,8 @@ def test_scripts_train_and_evaluate_our_model(monkeypatch, capsys, tmp_path):
         ("train --img-size 10 --model vit_tiny_patch16_224 --set model_kwargs.patch_size=4", 2,
          "use 8 or 12"),
         ("evaluate", 2, "Name a model"),
+        ("report nowhere", 1, "nowhere does not exist"),
+        ("train --set trackers=[tensorbord]", 2, "trackers='tensorbord' is unknown"),
         ("evaluate --model local-dir:nowhere", 1, "config.json is missing"),
         ("models vix_sofmax", 2, "nearest: vix_softmax"),
         ("models --mechanism performr", 2, "nearest: performer"),
@@ -118,6 +123,8 @@ def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tm
         ["train", "--epochs", "two"],
         ["models", "--max-params", "lots"],
         ["models", "--img-size", "0"],
+        ["report"],
+        ["report", "run", "--sort", "beauty"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
@@ -162,8 +169,13 @@ MODELS_FLAGS = (
 
 @pytest.mark.parametrize(
     ("command", "flags"),
-    [("train", SHARED_FLAGS), ("evaluate", SHARED_FLAGS), ("models", MODELS_FLAGS)],
-    ids=["train", "evaluate", "models"],
+    [
+        ("train", SHARED_FLAGS),
+        ("evaluate", [*SHARED_FLAGS, "--details"]),
+        ("report", ["--output", "--sort", "--metric"]),
+        ("models", MODELS_FLAGS),
+    ],
+    ids=["train", "evaluate", "report", "models"],
 )
 def test_help_answers_at_once_without_torch(command, flags):
     code = (

@@ -15,6 +15,7 @@ TINY: dict[str, Any] = {
     "model_kwargs": {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "epochs": 2,
     "lr": 3e-3,
+    "trackers": [],  # TensorBoard takes seconds to import
 }
 
 

@@ -38,6 +38,7 @@ RUN = Recipe(
     re_prob=0.3,
     model_ema_decay=0.9,
     clip_grad=1.0,
+    trackers=[],
 )
 # Saving always, now and then, and after epochs only: kills fall into writing and into computing.
 PACES = (1e-9, 0.002, 0.0)

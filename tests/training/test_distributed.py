@@ -1,5 +1,6 @@
 """Two processes against one with the same global batch, through a real launcher."""
 
+import csv
 import os
 import re
 import signal
@@ -59,6 +60,15 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     records = [Record.load(tmp_path / f"run{n}" / "results.json") for n in (1, 2)]
     assert [record.num_processes for record in records] == [1, 2]
     assert {record.test_images for record in records} == {599}
+    assert all(record.peak_memory_mib > 100 and record.step_ms > 0 for record in records)
+    for name in ("run1", "run2"):  # every image once, whatever the number of processes
+        with (tmp_path / name / "per_class.csv").open() as file:
+            classes = list(csv.DictReader(file))
+        assert sum(int(row["images"]) for row in classes) == 599
+        right = sum(int(row["correct"]) for row in classes)
+        assert 100 * right / 599 == pytest.approx(
+            Record.load(tmp_path / name / "results.json").test_top1_percent, abs=1e-3
+        )
     assert records[0].test_loss == pytest.approx(records[1].test_loss, abs=2e-4)
 
 

@@ -59,6 +59,7 @@ ON_FILES = {
 ELSEWHERE = {
     "data", "data_dir", "val_split", "test_split", "download",  # test_data
     "output", "pretrained",  # test_train
+    "trackers",  # test_trackers
     "num_workers",  # test_data: must not change a result
     "checkpoint_minutes",  # test_resume: must not change a result
     "num_processes",  # test_train

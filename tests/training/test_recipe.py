@@ -54,6 +54,8 @@ def test_values_as_people_write_them(text, field, value):
         ({"img_size": "big"}, "a whole number or null"),
         ({"model_kwargs": 3}, "a mapping"),
         ({"model_kwargs": {"patch_size:4": None}}, "a space follows the colon"),
+        ({"trackers": "wandb"}, r"takes a list such as \[name, name\] or null"),
+        ({"trackers": ["tensorbord"]}, "trackers='tensorbord' is unknown; use tensorboard, wandb"),
         ({"lr": 0}, "above 0"),
         ({"lr": float("nan")}, "out of range"),
         ({"val_fraction": 0.9}, "at least 0 and at most 0.5"),
@@ -99,6 +101,12 @@ def test_every_shipped_recipe_loads_and_says_what_it_costs():
 
 def test_digest_ignores_seed_and_paths_alone():
     base = Recipe()
-    for change in ({"seed": 1}, {"output": "x"}, {"data_dir": "y"}, {"num_workers": 0}):
+    for change in (
+        {"seed": 1},
+        {"output": "x"},
+        {"data_dir": "y"},
+        {"num_workers": 0},
+        {"trackers": []},
+    ):
         assert dataclasses.replace(base, **change).digest == base.digest
     assert dataclasses.replace(base, lr=0.1).digest != base.digest

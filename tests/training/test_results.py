@@ -1,14 +1,17 @@
 """The record and its figures."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.history import EpochRow, read_history, write_history
 from timm_xformers.training.metrics import Metrics
 from timm_xformers.training.results import Record, environment, split_fields, wilson_interval
 
+RESULTS = Path(__file__).resolve().parents[2] / "train_scripts" / "results"
 # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
 NEWCOMBE = [
     (81, 263, 0.2553, 0.3662),
@@ -31,6 +34,7 @@ def test_wilson_interval_ends_exactly():
 
 
 def test_record_survives_json(tmp_path):
+    metrics = Metrics(0.123456789, top1=589, top5=599, images=599, confusion=torch.eye(10))
     record = Record(
         kind="evaluate",
         model="vit",
@@ -45,8 +49,8 @@ def test_record_survives_json(tmp_path):
         mixed_precision="no",
         seconds=1.5,
         images_per_s=100.0,
-        **split_fields("test", Metrics(loss=0.123456789, top1=589, top5=599, images=599)),
-        **environment(torch.device("cpu")),
+        **split_fields("test", metrics),
+        **environment(make_accelerator("no")),
     )
     record.save(tmp_path / "r.json")
     assert Record.load(tmp_path / "r.json") == record
@@ -54,6 +58,15 @@ def test_record_survives_json(tmp_path):
     assert record.test_top5_percent == 100
     assert record.test_loss == 0.12346
     assert record.peak_memory_mib > 10
+
+
+def test_records_from_before_a_field_was_added_are_read(tmp_path):
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            (tmp_path / "r.json").write_text(line)
+            record = Record.load(tmp_path / "r.json")
+            assert record.peak_memory_mib > 0
+            assert record.step_ms is None
 
 
 def test_history_survives_csv(tmp_path):

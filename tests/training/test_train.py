@@ -86,6 +86,7 @@ def test_a_run_learns_and_leaves_its_results(tiny, capsys):
     names = {path.name for path in folder.root.iterdir()}
     assert names == {
         "recipe.yaml", "results.csv", "results.json", "curves.png", "log.txt", "best", "last",
+        "confusion.png", "per_class.csv",
     }  # fmt: skip
     assert record.test_top1_percent > 60
     assert Record.load(folder.record) == record
@@ -98,6 +99,9 @@ def test_a_run_learns_and_leaves_its_results(tiny, capsys):
     assert record.val_top1_percent == round(best.val_top1_percent, 4)
     assert record.val_images == 120
     assert rows[-1].train_loss < rows[0].train_loss
+    updates = 6 * (1078 // 64)
+    assert record.step_ms == pytest.approx(1000 * record.seconds / updates, rel=0.02)
+    assert record.peak_memory_mib > 100
     low, high = record.test_top1_interval_percent
     assert low < record.test_top1_percent < high
     assert folder.curves.read_bytes().startswith(b"\x89PNG")

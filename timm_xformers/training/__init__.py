@@ -9,5 +9,7 @@ as ours. The modules, from the outside in:
 * `order`: which sample is drawn when, as a function of the seed.
 * `build`, `optim`, `loop`: the model, what updates it, one epoch.
 * `catalog`: what our models cost and our mechanisms can; the one module that needs no extra.
-* `checkpoint`, `results`, `history`, `curves`, `progress`: what a run leaves behind.
+* `checkpoint`, `results`, `history`, `curves`, `confusion`, `progress`, `trackers`: what a run
+  leaves behind.
+* `runs`, `groups`, `report`, `report_plots`: finished runs side by side.
 """

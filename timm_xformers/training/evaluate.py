@@ -8,8 +8,11 @@ from typing import Any, Literal
 from torch import nn
 
 from timm_xformers.training.build import build_model, check_input
+from timm_xformers.training.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.training.data import Data, make_batches, open_data
 from timm_xformers.training.devices import make_accelerator
+from timm_xformers.training.errors import UsageError
+from timm_xformers.training.folder import RunFolder
 from timm_xformers.training.metrics import evaluate_model
 from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.recipe import Recipe
@@ -19,7 +22,10 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    recipe: Recipe, split: Literal["val", "test"] = "test", checkpoint: Path | None = None
+    recipe: Recipe,
+    split: Literal["val", "test"] = "test",
+    checkpoint: Path | None = None,
+    details: Path | None = None,
 ) -> Record:
     """Evaluate a model on inputs as its weights expect them.
 
@@ -28,6 +34,7 @@ def evaluate(
         split: Which images.
         checkpoint: Weights to load instead of those that belong to the model's name. A bare file
             says nothing of sizes and normalisation, so these follow from the data, as in training.
+        details: Folder to write confusion.png and per_class.csv to.
 
     Raises:
         UserError: Something the user can repair.
@@ -47,10 +54,23 @@ def evaluate(
         training=False,
         device=accelerator.device,
     )
+    if details is not None:  # before the work, so that a missing right costs none
+        if details.exists() and not details.is_dir():
+            raise UsageError(f"{details} is a file; choose a folder as --details.")
+        details.mkdir(parents=True, exist_ok=True)
     model.to(accelerator.device)
     start = time.perf_counter()
     metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
     seconds = time.perf_counter() - start
+    if details is not None and accelerator.is_main_process:
+        folder = RunFolder(details)
+        write_class_rows(folder.per_class, class_rows(metrics.confusion, data.class_names))
+        plot_confusion(
+            folder.confusion,
+            metrics.confusion,
+            data.class_names,
+            f"{recipe.model} on {recipe.data}, {split}",
+        )
     return Record(
         kind="evaluate",
         model=recipe.model,
@@ -66,7 +86,7 @@ def evaluate(
         seconds=round(seconds, 3),
         images_per_s=round(metrics.images / seconds, 1),
         **split_fields(split, metrics),
-        **environment(accelerator.device),
+        **environment(accelerator),
     )
 
 

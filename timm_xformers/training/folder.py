@@ -40,6 +40,16 @@ class RunFolder:
         return self.root / "curves.png"
 
     @property
+    def confusion(self) -> Path:
+        """Which class was taken for which, drawn."""
+        return self.root / "confusion.png"
+
+    @property
+    def per_class(self) -> Path:
+        """Recall and precision of every class."""
+        return self.root / "per_class.csv"
+
+    @property
     def log(self) -> Path:
         """Everything that was said."""
         return self.root / "log.txt"

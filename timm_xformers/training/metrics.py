@@ -1,16 +1,17 @@
 """One pass of evaluation, on any number of processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_xformers.training.data import Batches
 from timm_xformers.training.order import eval_batches
 
-__all__ = ["Metrics", "add_up", "evaluate_model"]
+__all__ = ["Metrics", "add_up", "evaluate_model", "highest"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class Metrics:
         top1: Images whose best class is right.
         top5: Images whose five best classes hold the right one.
         images: Images seen.
+        confusion: Images by label (rows) and best class (columns), sparse and coalesced (C, C), on
+            the CPU: at most one entry per image, however many classes there are.
     """
 
     loss: float
     top1: int
     top5: int
     images: int
+    confusion: Tensor = field(compare=False, repr=False)
 
     @property
     def top1_percent(self) -> float:
@@ -64,12 +68,16 @@ def evaluate_model(
     )
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
+    pairs: list[Tensor] = []
+    num_classes = 0
     for images, labels in data.batches(order):
         with accelerator.autocast():
             logits = model(images).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
         best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (B, 5)
         hits = best == labels[:, None]
+        pairs.append(torch.stack([labels, best[:, 0]]).cpu())  # (2, B)
+        num_classes = logits.shape[-1]
         values = [
             float(losses.cpu().double().sum()),
             int(hits[:, 0].sum()),
@@ -78,12 +86,19 @@ def evaluate_model(
         ]
         sums += torch.tensor(values, dtype=torch.float64)
     sums = add_up(accelerator, sums)
+    # Objects, since the processes have different numbers of images.
+    none = torch.zeros(2, 0, dtype=torch.long)
+    cells = torch.cat(gather_object([torch.cat([none, *pairs], dim=1)]), dim=1)  # (2, images)
+    width = max(gather_object([num_classes]))
     images_seen = int(sums[3])
     return Metrics(
         loss=float(sums[0]) / images_seen,
         top1=int(sums[1]),
         top5=int(sums[2]),
         images=images_seen,
+        confusion=torch.sparse_coo_tensor(
+            cells, torch.ones_like(cells[0]), (width, width), check_invariants=True
+        ).coalesce(),
     )
 
 
@@ -93,3 +108,12 @@ def add_up(accelerator: Accelerator, sums: Tensor) -> Tensor:
         return sums
     total: Tensor = accelerator.reduce(sums.to(accelerator.device))
     return total.cpu()
+
+
+def highest(accelerator: Accelerator, value: float | None) -> float | None:
+    """Largest value over all processes; None if it is None here, which it then is everywhere."""
+    if value is None or accelerator.num_processes == 1:
+        return value
+    mine = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
+    gathered: Tensor = accelerator.gather(mine)
+    return float(gathered.max())

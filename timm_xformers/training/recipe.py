@@ -27,8 +27,11 @@ T = TypeVar("T")
 # Settings that do not shape the result.
 NO_INFLUENCE = (
     *("seed", "output", "data_dir", "download"),
-    *("num_workers", "num_processes", "checkpoint_minutes"),
+    *("num_workers", "num_processes", "checkpoint_minutes", "trackers"),
 )
+
+# Those of accelerate whose packages are called like the tracker.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "aim", "comet_ml", "clearml", "dvclive")
 
 
 def _bounded(
@@ -145,6 +148,8 @@ class Recipe:
     # Processes that decode images when they come from files.
     num_workers: int = _bounded(2, low=0)
     seed: int = _bounded(0, low=0)
+    # Where figures go besides the run folder; null: TensorBoard if it is installed, []: nowhere.
+    trackers: list[str] | None = dataclasses.field(default=None, metadata={"choices": TRACKERS})
     # Run folder; null: runs/MODEL-DATA-N.
     output: str | None = None
 
@@ -194,8 +199,13 @@ def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
         return
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        allowed = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        allowed |= {list: "a list"}
+        allowed = {
+            int: "a whole number",
+            float: "a number",
+            str: "text",
+            bool: "true or false",
+            list: "a list such as [name, name]",
+        }
         allowed_text = allowed.get(kind, "a mapping such as {name: value}")
         raise UsageError(
             f"{field.name}={value!r} has the wrong type; it takes {allowed_text}"
@@ -209,9 +219,12 @@ def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
                     "follows the colon: {patch_size: 4}."
                 )
     bounds = field.metadata
-    if bounds.get("choices") and value not in bounds["choices"]:
-        raise UsageError(f"{field.name}={value!r} is unknown; use {', '.join(bounds['choices'])}.")
-    if bounds and kind in (int, float):
+    for word in value if kind is list else [value]:
+        if bounds.get("choices") and word not in bounds["choices"]:
+            raise UsageError(
+                f"{field.name}={word!r} is unknown; use {', '.join(bounds['choices'])}."
+            )
+    if "low" in bounds and kind in (int, float):
         low, high = bounds["low"], bounds["high"]
         below = value <= low if bounds["open_low"] else value < low
         if below or value > high or not math.isfinite(value):

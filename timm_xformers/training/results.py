@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 
 import timm_xformers
 from timm_xformers.training.atomic import write_text
-from timm_xformers.training.metrics import Metrics
+from timm_xformers.training.metrics import Metrics, highest
 
-__all__ = ["Record", "environment", "peak_memory_mib", "split_fields", "wilson_interval"]
+__all__ = [
+    "Record",
+    "environment",
+    "peak_memory_mib",
+    "reset_peak_memory",
+    "split_fields",
+    "wilson_interval",
+]
 
 # Standard normal quantile of a two-sided interval of 95 %.
 Z_95 = 1.959963984540054
@@ -56,7 +64,9 @@ class Record:
         seconds: Time of the training epochs without validation, or of the evaluation.
         images_per_s: Images over that time, all processes together.
         data_wait_percent: Share of that time spent waiting for data.
-        peak_memory_mib: Peak of the accelerator's memory, or of the process on a CPU.
+        step_ms: Mean time of an update, waiting for data included; of the slowest process.
+        peak_memory_mib: Peak of the GPU's memory during the run, or of the process on a CPU since
+            it began; of the process that took most.
         commit: Git commit of the package, if it runs from a checkout.
         versions: Python and the packages that matter.
         hardware: Processor, cores, threads, accelerator.
@@ -91,7 +101,8 @@ class Record:
     seconds: float
     images_per_s: float
     data_wait_percent: float | None = None
-    peak_memory_mib: float | None
+    step_ms: float | None = None
+    peak_memory_mib: float | None = None
     commit: str | None
     versions: dict[str, str]
     hardware: dict[str, Any]
@@ -137,8 +148,9 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return low, high
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The fields of a record about where it was made."""
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """The fields of a record about where it was made; all processes must call this together."""
+    device = accelerator.device
     hardware: dict[str, Any] = {
         "cpu": _processor(),
         "cores": os.cpu_count(),
@@ -153,9 +165,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "versions": _versions(),
         "hardware": hardware,
-        "peak_memory_mib": peak_memory_mib(device),
+        "peak_memory_mib": highest(accelerator, peak_memory_mib(device)),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak on a GPU; a process's own cannot be lowered again."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

@@ -20,19 +20,26 @@ from timm_xformers.training.checkpoint import (
     save_best,
     save_last,
 )
+from timm_xformers.training.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.training.curves import plot_curves
 from timm_xformers.training.data import Batches
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.folder import RunFolder, create_run_folder, open_run_folder
 from timm_xformers.training.history import EpochRow, write_history
 from timm_xformers.training.loop import EpochStats, EpochSums
-from timm_xformers.training.metrics import Metrics, evaluate_model
+from timm_xformers.training.metrics import Metrics, evaluate_model, highest
 from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.progress import Progress, epoch_line, headline, summary
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.results import Record, environment, split_fields
+from timm_xformers.training.results import (
+    Record,
+    environment,
+    reset_peak_memory,
+    split_fields,
+)
 from timm_xformers.training.session import Session, open_session
 from timm_xformers.training.stopping import Stopped, StopRequest
+from timm_xformers.training.trackers import Trackers, tracker_names
 
 __all__ = ["resume", "train"]
 
@@ -47,6 +54,7 @@ def train(recipe: Recipe) -> tuple[RunFolder, Record]:
     Raises:
         UserError: Something the user can repair. What finished epochs left behind is kept.
     """
+    tracker_names(recipe)  # refuses what is missing before any work
     session = open_session(recipe)
     folder = create_run_folder(recipe, session.accelerator)
     if session.accelerator.is_main_process:
@@ -69,6 +77,7 @@ def resume(root: Path, **changes: Any) -> tuple[RunFolder, Record]:
         UserError: There is nothing to go on with, or something the user can repair.
     """
     folder, recipe = open_run_folder(root)
+    tracker_names(recipe)
     session = open_session(dataclasses.replace(recipe, **changes))
     if session.accelerator.is_main_process:
         sweep(folder.root)
@@ -133,14 +142,24 @@ class _Run:
         session, folder = self.session, self.folder
         recipe, accelerator = session.recipe, session.accelerator
         done_passes = self.progression.sums[0].passes if self.progression.sums else 0
+        reset_peak_memory(accelerator.device)
+        progress = Progress(
+            folder.log,
+            total_steps=session.steps_through(recipe.epochs),
+            done_steps=session.steps_through(self.progression.epoch) + done_passes,
+            speaking=accelerator.is_main_process,
+        )
         with (
             StopRequest() as request,
-            Progress(
-                folder.log,
-                total_steps=session.steps_through(recipe.epochs),
-                done_steps=session.steps_through(self.progression.epoch) + done_passes,
-                speaking=accelerator.is_main_process,
-            ) as progress,
+            progress,
+            Trackers(
+                tracker_names(recipe),
+                accelerator,
+                recipe,
+                folder.root,
+                done_epochs=self.progression.epoch,
+                say=progress.say,
+            ) as trackers,
         ):
             for line in (headline(session, folder.root), *notes):
                 progress.say(line)
@@ -150,6 +169,7 @@ class _Run:
                     self.rows.append(row)
                     if accelerator.is_main_process:
                         write_history(folder.history, self.rows)
+                        trackers.log_epoch(row)
                     self.save(reached)
                     left = progress.remaining(session.steps_through(epoch))
                     progress.say(epoch_line(row, recipe.epochs, left))
@@ -164,6 +184,7 @@ class _Run:
             if accelerator.is_main_process:
                 plot_curves(folder.curves, self.rows, record)
                 record.save(folder.record)
+                trackers.log_record(record)
                 shutil.rmtree(previous_of(folder.last), ignore_errors=True)
             progress.say(summary(record))
         accelerator.end_training()
@@ -268,12 +289,16 @@ class _Run:
         model, _ = build_model(f"local-dir:{self.folder.best}", pretrained=True)
         model.to(accelerator.device)
         measured: dict[str, Any] = {}
+        described: tuple[Metrics, str] | None = None  # the test set comes last, and goes first
         test = session.data.test
         test_data = None if test is None else session.batches(test)
         for name, batches in (("val", self.val_data), ("test", test_data)):
             if batches is not None:
                 metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
                 measured |= split_fields(name, metrics)
+                described = (metrics, name)
+        if described is not None and accelerator.is_main_process:
+            self._write_classes(*described)
         seconds = sum(row.train_seconds for row in self.rows)
         waited = sum(row.wait_seconds for row in self.rows)
         return Record(
@@ -295,9 +320,16 @@ class _Run:
             seconds=round(seconds, 2),
             images_per_s=round(sum(row.train_images for row in self.rows) / seconds, 1),
             data_wait_percent=round(100 * waited / seconds, 2),
+            step_ms=highest(accelerator, round(1000 * seconds / session.trainer.updates, 2)),
             **measured,
-            **environment(accelerator.device),
+            **environment(accelerator),
         )
+
+    def _write_classes(self, metrics: Metrics, split: str) -> None:
+        recipe, names = self.session.recipe, self.session.data.class_names
+        write_class_rows(self.folder.per_class, class_rows(metrics.confusion, names))
+        title = f"{recipe.model} on {recipe.data}, {split}: {metrics.top1_percent:.2f} %"
+        plot_confusion(self.folder.confusion, metrics.confusion, names, title)
 
 
 def _restore(session: Session, checkpoint: Checkpoint, root: Path) -> None:

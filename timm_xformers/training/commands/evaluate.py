@@ -21,12 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="FILE", help="weights for --model, instead of its published ones"
     )
     parser.add_argument("--split", choices=("test", "val"), default="test")
+    parser.add_argument(
+        "--details",
+        metavar="FOLDER",
+        help="write per_class.csv and confusion.png, which class was taken for which, there",
+    )
     parser.add_argument("--output", metavar="FILE", help="also write the record to this JSON file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, and print the record."""
-    require_extra("train", "accelerate")
+    require_extra("train", "accelerate", *([] if args.details is None else ["matplotlib"]))
     values = given_values(args)
     output = values.pop("output", None)
     if "model" not in values and args.recipe is None:
@@ -36,7 +41,10 @@ def run(args: argparse.Namespace) -> None:
     from timm_xformers.training.evaluate import evaluate
 
     record = evaluate(
-        recipe, args.split, None if args.checkpoint is None else Path(args.checkpoint)
+        recipe,
+        args.split,
+        None if args.checkpoint is None else Path(args.checkpoint),
+        None if args.details is None else Path(args.details),
     )
     print(json.dumps(dataclasses.asdict(record), indent=2))
     if output is not None:
