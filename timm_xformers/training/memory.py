@@ -14,6 +14,7 @@ from timm_xformers.training.augment import Augmentation, EpochAugmentation
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.rawsplit import RawSplit
+from timm_xformers.training.readable import refuse_unreadable
 
 __all__ = ["MemoryBatches", "decode"]
 
@@ -28,7 +29,7 @@ def decode(split: RawSplit, preprocessing: Preprocessing) -> Tensor:
         uint8 images (N, C, H, W).
 
     Raises:
-        UserError: The split would take more than `LARGEST_SPLIT_MIB`.
+        UserError: The split would take more than `LARGEST_SPLIT_MIB`, or has unreadable images.
     """
     shape = preprocessing.shape
     size_mib = len(split) * math.prod(shape) / 2**20
@@ -42,12 +43,19 @@ def decode(split: RawSplit, preprocessing: Preprocessing) -> Tensor:
     fits = size if preprocessing.crop_pct == 1.0 else None
     transform = preprocessing.transform(normalize=False)
     images = torch.empty((len(split), *shape), dtype=torch.uint8)
-    for row, image in enumerate(split.images()):
+    problems = {}
+    for row in range(len(split)):
+        try:
+            image = split.image(row)
+        except UserError as error:
+            problems[row] = str(error.__cause__)
+            continue
         if image.size == fits:  # nothing to resample: three times as fast as timm's transform
             pixels = torch.from_numpy(np.array(image))
             images[row] = pixels.view(*size, -1).permute(2, 0, 1)
         else:
             images[row] = transform(image)
+    refuse_unreadable(split, problems)
     return images
 
 
@@ -94,10 +102,10 @@ class MemoryBatches:
             )
         for positions in order:
             rows = positions.to(self.images.device)
-            images = self.images[rows].float()
+            images = self.images[rows]
             if epoch_augmentation is not None:
-                images = epoch_augmentation.move(images, positions)
-            images = (images - self.mean) / self.std
+                images = epoch_augmentation.change(images, positions)
+            images = images.float().sub_(self.mean).div_(self.std)
             if epoch_augmentation is not None:
                 images = epoch_augmentation.erase(images, positions)
             yield images, self.labels[rows]

@@ -67,6 +67,8 @@ class _Run:
         rows: One for each finished epoch.
         train_data: Augmented training images.
         val_data: Validation images, if there are any.
+        test_data: Test images, if there are any: decoded now, so that one that cannot be read stops
+            the run before it begins, and measured once, at the end.
     """
 
     session: Session
@@ -75,11 +77,13 @@ class _Run:
     rows: list[EpochRow]
     train_data: Batches = dataclasses.field(init=False)
     val_data: Batches | None = dataclasses.field(init=False)
+    test_data: Batches | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        session, val = self.session, self.session.data.val
+        session, val, test = self.session, self.session.data.val, self.session.data.test
         self.train_data = session.batches(session.data.train, training=True)
         self.val_data = None if val is None else session.batches(val)
+        self.test_data = None if test is None else session.batches(test)
 
     def execute(self) -> Record:
         """Train the epochs that are left, then measure the best weights."""
@@ -92,6 +96,8 @@ class _Run:
             speaking=accelerator.is_main_process,
         ) as progress:
             progress.say(headline(session, folder.root))
+            for name in session.data.skipped:
+                progress.say(f"left out, cannot be read: {name}")
             try:
                 for epoch in range(self.progression.epoch + 1, recipe.epochs + 1):
                     reached, row = self._epoch(epoch, progress)
@@ -172,9 +178,7 @@ class _Run:
         model, _ = build_model(f"local-dir:{self.folder.best}", pretrained=True)
         model.to(accelerator.device)
         measured: dict[str, Any] = {}
-        test = session.data.test
-        test_data = None if test is None else session.batches(test)
-        for name, batches in (("val", self.val_data), ("test", test_data)):
+        for name, batches in (("val", self.val_data), ("test", self.test_data)):
             if batches is not None:
                 metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
                 measured |= split_fields(name, metrics)
@@ -189,6 +193,7 @@ class _Run:
             img_size=session.preprocessing.img_size,
             in_chans=session.preprocessing.in_chans,
             num_classes=session.data.num_classes,
+            skipped_images=len(session.data.skipped),
             epochs=recipe.epochs,
             best_epoch=self.progression.best_epoch,
             recipe_hash=recipe.digest,

@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser)
     parser.add_argument("--epochs", type=int, metavar="N")
     parser.add_argument(
+        "--limit", type=int, metavar="N", help="at most N training images, evenly from all classes"
+    )
+    parser.add_argument(
         "--output", metavar="FOLDER", help="run folder to create; default runs/MODEL-DATA-N"
     )
     parser.add_argument(

@@ -1,0 +1,137 @@
+"""Finding images that cannot be read, before training wants them.
+
+What is looked at follows from what it costs. Images that are held in memory are all decoded before
+the first step anyway (`memory.decode`). Of files that workers decode again and again, opening each
+one fully would cost an epoch, so the default policy, ``error``, looks at each file's head and tail:
+that finds what is empty, cut off or no image at all. Damage inside a file is found when it is
+decoded, which stops the run and names it. ``skip`` must know beforehand which images there are, as
+the order of an epoch follows from their number; it decodes everything once. No image is ever put in
+the place of another.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from timm_xformers.training.errors import UserError
+from timm_xformers.training.rawsplit import RawSplit
+
+__all__ = ["drop_unreadable", "glance", "refuse_unreadable"]
+
+# Files that a glance opens at most, spread evenly: minutes on a slow disk, not hours.
+GLANCED_FILES = 50_000
+NAMED_FILES = 10
+
+
+def refuse_unreadable(split: RawSplit, problems: dict[int, str]) -> None:
+    """Stop if some images cannot be read.
+
+    Args:
+        split: The images.
+        problems: What is wrong, by position.
+
+    Raises:
+        UserError: There is a problem; it names the first of them and their number.
+    """
+    if not problems:
+        return
+    positions = sorted(problems)
+    names = ", ".join(split.name(position) for position in positions[:NAMED_FILES])
+    more = f" and {len(positions) - NAMED_FILES} more" if len(positions) > NAMED_FILES else ""
+    raise UserError(
+        f"Cannot read {len(positions)} of {len(split)} images: {names}{more} (the first: "
+        f"{problems[positions[0]]}); repair or remove them, or leave them out with "
+        "--set unreadable=skip."
+    )
+
+
+def glance(split: RawSplit) -> dict[int, str]:
+    """Look at head and tail of image files; images kept otherwise are not looked at.
+
+    A file that looks wrong is decoded before it is said to be: some have bytes after their end.
+
+    Returns:
+        What is wrong, by position.
+    """
+    paths = split.paths()
+    if paths is None:
+        return {}
+    count = len(split)
+    looked_at = min(count, GLANCED_FILES)
+    problems = {}
+    for number in range(looked_at):
+        position = number * count // looked_at
+        if not _looks_whole(paths[int(split.rows[position])]):
+            problem = split.problem(position)
+            if problem is not None:
+                problems[position] = problem
+    return problems
+
+
+def drop_unreadable(split: RawSplit, num_workers: int) -> tuple[RawSplit, tuple[str, ...]]:
+    """Decode every image once and leave out those that fail.
+
+    Args:
+        split: The images.
+        num_workers: Decoding processes; 0 decodes in this one.
+
+    Returns:
+        The readable part, and the names of the other images.
+
+    Raises:
+        UserError: No image can be read.
+    """
+    if not split.encoded:
+        return split, ()
+    # Processes, not threads: a tar's reader has one place in the file.
+    loader: DataLoader[Any] = DataLoader(
+        _Problems(split), batch_size=256, num_workers=num_workers, collate_fn=list
+    )
+    readable = torch.tensor([problem is None for batch in loader for problem in batch])
+    if not readable.any():
+        raise UserError(
+            f"Not one of {len(split)} images can be read, the first is {split.name(0)}; check the "
+            "data set."
+        )
+    lost: Tensor = (~readable).nonzero().squeeze(1)
+    names = tuple(split.name(position) for position in lost.tolist())
+    return split.subset(readable.nonzero().squeeze(1)), names
+
+
+class _Problems(Dataset[str | None]):
+    """What is wrong with each image of a split."""
+
+    def __init__(self, split: RawSplit) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, position: int) -> str | None:
+        return self.split.problem(position)
+
+
+def _looks_whole(path: Path) -> bool:
+    """Whether a file has an image's head and its format's end."""
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            return _ends_well(file, image.format)
+    except Exception:  # whatever a decoder makes of other bytes
+        return False
+
+
+def _ends_well(file: BinaryIO, kind: str | None) -> bool:
+    size = file.seek(0, 2)
+    if kind == "WEBP":
+        file.seek(4)
+        return bool(struct.unpack("<I", file.read(4))[0] + 8 <= size)
+    file.seek(max(0, size - 8))
+    tail = file.read()
+    if kind == "PNG":
+        return tail[:4] == b"IEND"
+    return kind == "JPEG" and tail.endswith(b"\xff\xd9")
