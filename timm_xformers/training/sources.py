@@ -199,8 +199,9 @@ def _refuse_empty_classes(root: Path, known: Collection[str]) -> None:
     if empty:
         named = ", ".join(sorted(empty)[:5])
         named += f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        kinds = ", ".join(get_img_extensions())  # type: ignore[no-untyped-call]
         raise UserError(
-            f"{root} has class folders without images ({', '.join(get_img_extensions())}): {named}; "
+            f"{root} has class folders without images ({kinds}): {named}; "
             "add images or remove the folders."
         )
 
