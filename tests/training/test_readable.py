@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_xformers.training import readable
+from timm_xformers.training import memory, readable
 from timm_xformers.training.data import make_batches, open_data
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.evaluate import evaluate
+from timm_xformers.training.memory import decode
 from timm_xformers.training.order import eval_batches
 from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.recipe import Recipe
@@ -74,6 +75,19 @@ def test_error_names_them_before_training(broken, in_memory, tiny, tmp_path):
     with pytest.raises(UserError, match=r"Cannot read 1 of 8 images: \S*test/red/2\.png \("):
         train(recipe)
     assert not list(tmp_path.rglob("results.csv"))
+
+
+def test_processes_that_share_the_decoding_change_nothing(image_folder, monkeypatch):
+    recipe = Recipe(data="folder", data_dir=str(image_folder), val_fraction=0.0)
+    split = open_data(recipe).train
+    alone = decode(split, SQUARES, num_workers=0)
+    monkeypatch.setattr(memory, "SHARED_FROM", 1)
+    before = torch.get_rng_state()
+    assert torch.equal(decode(split, SQUARES, num_workers=2), alone)
+    assert torch.equal(torch.get_rng_state(), before)
+    harm_inside(image_folder / "train" / "red" / "0.png")
+    with pytest.raises(UserError, match=r"Cannot read 1 of 24 images: \S*red/0\.png"):
+        decode(split, SQUARES, num_workers=2)
 
 
 def test_at_most_ten_are_named(broken):

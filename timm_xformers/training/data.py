@@ -204,7 +204,7 @@ def make_batches(
             rand_augment=recipe.rand_augment,
         )
         return MemoryBatches(
-            decode(split, preprocessing),
+            decode(split, preprocessing, recipe.num_workers),
             split.labels,
             mean=preprocessing.mean,
             std=preprocessing.std,

@@ -90,7 +90,11 @@ def drop_unreadable(split: RawSplit, num_workers: int) -> tuple[RawSplit, tuple[
         return split, ()
     # Processes, not threads: a tar's reader has one place in the file.
     loader: DataLoader[Any] = DataLoader(
-        _Problems(split), batch_size=256, num_workers=num_workers, collate_fn=list
+        _Problems(split),
+        batch_size=256,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the run's own is left as it is
     )
     readable = torch.tensor([problem is None for batch in loader for problem in batch])
     if not readable.any():
