@@ -18,6 +18,7 @@ from timm_xformers.training.memory import decode
 from timm_xformers.training.order import eval_batches
 from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.recipe import Recipe
+from timm_xformers.training.sources import open_source
 from timm_xformers.training.train import train
 
 SQUARES = Preprocessing(img_size=16, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -67,12 +68,19 @@ def broken(image_folder):
 def test_error_names_them_before_training(broken, in_memory, tiny, tmp_path):
     recipe = tiny(data="folder", data_dir=str(broken), val_fraction=0.0, in_memory=in_memory)
     recipe = dataclasses.replace(recipe, img_size=16, batch_size=4, num_workers=0)
-    words = r"^Cannot read 2 of 24 images: \S*blue/5\.png, \S*red/3\.png \(the first: [^\n]*skip\.$"
+    names = r"\S*train/blue/5\.png, \S*train/red/3\.png, \S*test/red/2\.png"
+    words = rf"^Cannot read 3 of 32 images: {names} \(the first: not an image[^\n]*skip\.$"
     with pytest.raises(UserError, match=words):
         train(recipe)
-    for name in ("red/3.png", "blue/5.png"):
-        (broken / "train" / name).unlink()
-    with pytest.raises(UserError, match=r"Cannot read 1 of 8 images: \S*test/red/2\.png \("):
+    assert not (tmp_path / "runs").exists()
+
+
+def test_in_memory_damage_inside_a_test_image_stops_the_run_before_training(
+    image_folder, tiny, tmp_path
+):
+    harm_inside(image_folder / "test" / "red" / "3.png")
+    recipe = tiny(data="folder", data_dir=str(image_folder), img_size=16, batch_size=4)
+    with pytest.raises(UserError, match=r"Cannot read 1 of 8 images: \S*test/red/3\.png"):
         train(recipe)
     assert not list(tmp_path.rglob("results.csv"))
 
@@ -94,7 +102,7 @@ def test_at_most_ten_are_named(broken):
     for path in (broken / "train").rglob("*.png"):
         path.write_bytes(b"")
     recipe = Recipe(data="folder", data_dir=str(broken), in_memory=False, val_fraction=0.0)
-    with pytest.raises(UserError, match=r"Cannot read 24 of 24 images: .* and 14 more") as caught:
+    with pytest.raises(UserError, match=r"Cannot read 25 of 32 images: .* and 15 more") as caught:
         open_data(recipe)
     assert str(caught.value).count(".png") == 10
     with pytest.raises(UserError, match="Not one of 24 images can be read"):
@@ -162,7 +170,7 @@ def test_a_glance_finds_cut_files_and_no_others(image_folder, kind):
         open_data(recipe)
     for length in (0, 10, len(content) // 2, len(content) - 300):
         path.write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"Cannot read 1 of 9 images: \S*cut"):
+        with pytest.raises(UserError, match=r"Cannot read 1 of 33 images: \S*cut"):
             open_data(recipe)
 
 
@@ -177,9 +185,8 @@ def test_a_glance_at_a_large_set_is_spread_evenly(image_folder, monkeypatch):
 
 def test_the_next_image_is_never_put_in_the_place(broken, caplog):
     # timm's own data set does that, with a line in the log.
-    with caplog.at_level(logging.WARNING):
-        recipe = Recipe(data="folder", data_dir=str(broken), in_memory=True)
-        data = open_data(recipe)
-        with pytest.raises(UserError):
-            batches(data.test, recipe, in_memory=True)
+    recipe = Recipe(data="folder", data_dir=str(broken), in_memory=True)
+    source = open_source(recipe)
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError):
+        batches(source.test, recipe, in_memory=True)
     assert "Skipped" not in caplog.text

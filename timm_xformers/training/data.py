@@ -152,12 +152,13 @@ def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) 
         in_memory = _is_small(images * in_chans, _side(recipe, known))
     _refuse_unread(recipe, in_memory)
     skipped: list[str] = []
-    for name, split in chosen.items():
-        if recipe.unreadable == "skip":
+    if recipe.unreadable == "error":
+        problems = [problem for split in chosen.values() for problem in glance(split)]
+        refuse_unreadable(problems, sum(map(len, chosen.values())))
+    else:
+        for name, split in chosen.items():
             found[name], lost = drop_unreadable(split, recipe.num_workers)
             skipped += lost
-        elif not in_memory:  # in memory, all are decoded before the first step
-            refuse_unreadable(split, glance(split))
 
     if known is not None and known.in_chans == in_chans:
         mean, std = known.mean, known.std

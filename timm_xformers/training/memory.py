@@ -58,13 +58,13 @@ def decode(split: RawSplit, preprocessing: Preprocessing, num_workers: int = 0) 
         generator=torch.Generator(),  # the run's own is left as it is
     )
     images = torch.empty((len(split), *shape), dtype=torch.uint8)
-    problems = {}
+    problems = []
     for row, found in enumerate(itertools.chain.from_iterable(loader)):
         if isinstance(found, str):
-            problems[row] = found
+            problems.append((split.name(row), found))
         else:
             images[row] = torch.from_numpy(found)
-    refuse_unreadable(split, problems)
+    refuse_unreadable(problems, len(split))
     return images
 
 

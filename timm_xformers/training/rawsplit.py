@@ -77,7 +77,8 @@ class RawSplit:
     def paths(self) -> Sequence[Path] | None:
         """The file of each of the data set's items, if they are plain files."""
         samples = getattr(getattr(self.dataset, "reader", None), "samples", None)
-        if not samples or not isinstance(samples[0][0], str):
+        # A tar's samples are an array of members, or a list of them.
+        if not isinstance(samples, list) or not samples or not isinstance(samples[0][0], str):
             return None
         return [Path(path) for path, _ in samples]
 

@@ -1,15 +1,15 @@
 """Finding images that cannot be read, before training wants them.
 
-What is looked at follows from what it costs. Images that are held in memory are all decoded before
-the first step anyway (`memory.decode`). Of files that workers decode again and again, opening each
-one fully would cost an epoch, so the default policy, ``error``, looks at each file's head and tail:
-that finds what is empty, cut off or no image at all. Damage inside a file is found when it is
-decoded, which stops the run and names it. ``skip`` must know beforehand which images there are, as
-the order of an epoch follows from their number; it decodes everything once. No image is ever put in
-the place of another.
+What is looked at follows from what it costs. Decoding each file fully would cost an epoch, so the
+default policy, ``error``, looks at each file's head and tail: that finds what is empty, cut off or
+no image at all. Damage inside a file is found when it is decoded, which stops the run and names it:
+before the first step if images are held in memory (`memory.decode`), else when it is met. ``skip``
+must know beforehand which images there are, as the order of an epoch follows from their number; it
+decodes everything once. No image is ever put in the place of another.
 """
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,48 +28,46 @@ GLANCED_FILES = 50_000
 NAMED_FILES = 10
 
 
-def refuse_unreadable(split: RawSplit, problems: dict[int, str]) -> None:
+def refuse_unreadable(problems: Sequence[tuple[str, str]], total: int) -> None:
     """Stop if some images cannot be read.
 
     Args:
-        split: The images.
-        problems: What is wrong, by position.
+        problems: Names of images, and what is wrong with them.
+        total: Images that were to be read.
 
     Raises:
         UserError: There is a problem; it names the first of them and their number.
     """
     if not problems:
         return
-    positions = sorted(problems)
-    names = ", ".join(split.name(position) for position in positions[:NAMED_FILES])
-    more = f" and {len(positions) - NAMED_FILES} more" if len(positions) > NAMED_FILES else ""
+    names = ", ".join(name for name, _ in problems[:NAMED_FILES])
+    more = f" and {len(problems) - NAMED_FILES} more" if len(problems) > NAMED_FILES else ""
     raise UserError(
-        f"Cannot read {len(positions)} of {len(split)} images: {names}{more} (the first: "
-        f"{problems[positions[0]]}); repair or remove them, or leave them out with "
-        "--set unreadable=skip."
+        f"Cannot read {len(problems)} of {total} images: {names}{more} (the first: "
+        f"{problems[0][1]}); repair or remove them, or leave them out with --set unreadable=skip."
     )
 
 
-def glance(split: RawSplit) -> dict[int, str]:
+def glance(split: RawSplit) -> list[tuple[str, str]]:
     """Look at head and tail of image files; images kept otherwise are not looked at.
 
     A file that looks wrong is decoded before it is said to be: some have bytes after their end.
 
     Returns:
-        What is wrong, by position.
+        Names of images, and what is wrong with them.
     """
     paths = split.paths()
     if paths is None:
-        return {}
+        return []
     count = len(split)
     looked_at = min(count, GLANCED_FILES)
-    problems = {}
+    problems = []
     for number in range(looked_at):
         position = number * count // looked_at
         if not _looks_whole(paths[int(split.rows[position])]):
             problem = split.problem(position)
             if problem is not None:
-                problems[position] = problem
+                problems.append((split.name(position), problem))
     return problems
 
 
