@@ -65,12 +65,16 @@ def run_script(name, arguments, monkeypatch):
 
 
 def test_scripts_train_and_evaluate_our_model(monkeypatch, capsys, tmp_path):
-    assert run_script("train.py", [*TINY, "--output", "run", "--seed", "3"], monkeypatch) == 0
+    part = ["--limit", "200", "--classes", "7,3,1"]
+    arguments = [*TINY, *part, "--output", "run", "--seed", "3"]
+    assert run_script("train.py", arguments, monkeypatch) == 0
     assert "Results are in run" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (record["seed"], record["model"]) == (3, "vix_performer_softmax_m32")
+    assert record["num_classes"] == 3
+    assert "(200 training, " in (tmp_path / "run" / "log.txt").read_text()
 
-    arguments = ["--model", "local-dir:run/best", "--output", "again.json"]
+    arguments = ["--model", "local-dir:run/best", *part[2:], "--output", "again.json"]
     assert run_script("evaluate.py", arguments, monkeypatch) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "again.json").read_text())
@@ -213,6 +217,7 @@ def test_data_set_chooses_its_recipe(monkeypatch):
     assert recipe_of("--data-dir x") == Recipe(data="folder", data_dir="x")
     assert recipe_of("--data cifar10 --set lr=0.5") == Recipe(data="cifar10", lr=0.5)
     assert recipe_of("--recipe mnist --data-dir x").data == "mnist"
+    assert recipe_of("--data cifar10 --classes cat,3").classes == ["cat", "3"]
 
 
 def models(arguments, capsys):

@@ -5,7 +5,7 @@ import torch
 
 from timm_xformers.training.augment import Augmentation, EpochAugmentation
 
-SHAPE = (64, 2, 8, 10)
+SHAPE = (64, 3, 8, 10)
 
 
 @pytest.fixture
@@ -24,11 +24,13 @@ ALL = {
     "shear_degrees": 5.0,
     "zoom": 0.1,
     "re_prob": 0.5,
+    "cutout": 5,
+    "rand_augment": "trivial",
 }
 
 
 def apply(augmentation, images, positions):
-    return augmentation.erase(augmentation.move(images, positions), positions)
+    return augmentation.erase(augmentation.change(images, positions).float(), positions)
 
 
 def test_off_is_the_identity(images):
@@ -61,10 +63,10 @@ def test_each_transform_acts_differs_by_sample_epoch_and_seed(name, images):
 
 
 def test_flip_and_shift_move_whole_pixels(images):
-    flipped = epoch_of(hflip=1.0).move(images, torch.arange(64))
-    torch.testing.assert_close(flipped, images.flip(-1), atol=1e-3, rtol=0)
+    flipped = epoch_of(hflip=1.0).change(images, torch.arange(64))
+    assert torch.equal(flipped, images.flip(-1))
 
-    shifted = epoch_of(crop_pad=2).move(images, torch.arange(64))
+    shifted = epoch_of(crop_pad=2).change(images, torch.arange(64))
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     seen = set()
     for image, wide in zip(shifted, padded, strict=True):
@@ -72,11 +74,33 @@ def test_flip_and_shift_move_whole_pixels(images):
             (y, x)
             for y in range(5)
             for x in range(5)
-            if torch.allclose(image, wide[:, y : y + 8, x : x + 10], atol=1e-3)
+            if torch.equal(image, wide[:, y : y + 8, x : x + 10])
         ]
         assert len(matches) == 1
         seen.add(matches[0])
     assert len(seen) > 15  # of the 25 shifts, 64 images meet most
+
+
+@pytest.mark.parametrize(
+    "strengths", [{"hflip": 0.5}, {"crop_pad": 3}, {"hflip": 0.5, "crop_pad": 4}]
+)
+def test_indexing_is_what_sampling_does(images, strengths):
+    positions = torch.arange(64)
+    augmentation = epoch_of(**strengths)
+    whole = images.to(torch.uint8)
+
+    indexed = augmentation.change(whole, positions)
+
+    assert indexed.dtype == torch.uint8
+    sampled = augmentation._resample(whole.float(), positions)
+    torch.testing.assert_close(indexed.float(), sampled, atol=1e-3, rtol=0)
+    assert torch.equal(indexed, sampled.round().to(torch.uint8))
+
+
+def test_what_was_added_later_leaves_the_earlier_draws(images):
+    plain, full = epoch_of(hflip=0.5), epoch_of(hflip=0.5, cutout=3, rand_augment="n2-m9")
+    assert torch.equal(plain.draws, full.draws)
+    assert plain.draws[0, :3].tolist() == pytest.approx([0.79337, 0.60423, 0.23892], abs=1e-5)
 
 
 def test_turn_keeps_a_turn_on_images_that_are_not_square():
@@ -86,7 +110,7 @@ def test_turn_keeps_a_turn_on_images_that_are_not_square():
     augmentation.draws = torch.full((1, 11), 0.5)
     augmentation.draws[0, 3] = 1.0  # the full turn
 
-    turned = augmentation.move(image, torch.tensor([0]))
+    turned = augmentation.change(image, torch.tensor([0]))
 
     row, column = divmod(int(turned[0, 0].argmax()), 15)
     assert column == 7
@@ -109,3 +133,17 @@ def test_erasing_replaces_one_rectangle_of_some_images(images):
         rows, columns = mask[0].any(dim=1), mask[0].any(dim=0)
         assert torch.equal(mask[0], rows[:, None] & columns[None])
         assert torch.equal(mask[0], mask[1])
+
+
+@pytest.mark.parametrize("side", [1, 3, 4, 99])
+def test_cutout_blanks_one_square_around_a_pixel(images, side):
+    blank = epoch_of(cutout=side).erase(images + 1, torch.arange(64)) == 0
+    sizes = set()
+    for mask in blank:
+        rows, columns = mask[0].any(dim=1), mask[0].any(dim=0)
+        assert torch.equal(mask[0], rows[:, None] & columns[None])
+        assert torch.equal(mask[0], mask[2])
+        sizes.add((int(rows.sum()), int(columns.sum())))
+    assert max(sizes) == (min(side, 8), min(side, 10))
+    smallest = side - side // 2  # the rest lies outside
+    assert min(sizes) >= (min(smallest, 8), min(smallest, 10))

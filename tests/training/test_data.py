@@ -118,7 +118,7 @@ def test_folder_of_images(image_folder, in_memory):
 
 
 def test_memory_and_files_evaluate_on_the_same_pixels(image_folder):
-    recipe = Recipe(data="folder", data_dir=str(image_folder), num_workers=0)
+    recipe = Recipe(data="folder", data_dir=str(image_folder), num_workers=0, in_memory=False)
     data = open_data(recipe)
     from_files, _ = whole(data.test, recipe, SQUARES)
     held, _ = whole(data.test, dataclasses.replace(recipe, in_memory=True), SQUARES)
@@ -129,6 +129,7 @@ def test_workers_and_entry_point_do_not_change_a_sample(image_folder):
     recipe = Recipe(
         data="folder",
         data_dir=str(image_folder),
+        in_memory=False,
         hflip=0.5,
         re_prob=0.5,
         num_workers=0,
@@ -149,15 +150,6 @@ def test_workers_and_entry_point_do_not_change_a_sample(image_folder):
     assert torch.equal(alone[8:], late)
     assert not torch.equal(alone, other)
     assert before.shape == torch.get_rng_state().shape
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_image_is_named_not_replaced(image_folder, num_workers):
-    (image_folder / "test" / "red" / "3.png").write_bytes(b"no image")
-    recipe = Recipe(data="folder", data_dir=str(image_folder), num_workers=num_workers)
-    data = open_data(recipe)
-    with pytest.raises(UserError, match=r"^Cannot read image .*3\.png: [^\n]*$"):
-        whole(data.test, recipe, SQUARES)
 
 
 def test_own_validation_folder_is_used_beside_a_test_folder(image_folder):
@@ -254,6 +246,7 @@ def test_mnist_in_parquet_files(tmp_path, monkeypatch):
 
     for root in (folder, folder.parent):
         data = open_data(Recipe(data="mnist", data_dir=str(root)))
+        assert data.in_memory
         assert [len(data.train), len(data.val), len(data.test)] == [36, 4, 20]
     assert data.class_names == tuple("0123456789")
     facts = Preprocessing(28, 1, (0.0,), (1 / 255,))
@@ -315,6 +308,10 @@ def test_labels_that_are_no_numbers_are_shown(labels):
         ({"in_chans": 2}, UsageError, "1 .grey. or 3 .RGB."),
         ({"val_fraction": 0.0001}, UserError, "is none"),
         ({"auto_augment": "rand-m9"}, UsageError, "auto_augment works only from files"),
+        ({"rand_augment": "n2"}, UsageError, "rand_augment='n2' is unknown"),
+        ({"data": "tiny_imagenet"}, UserError, "pass --data-dir with parquet files[.]"),
+        ({"data": "tiny_imagenet", "data_dir": "."}, UserError, r"no \*.parquet is there"),
+        ({"data": "tiny_imagenet", "download": True}, UsageError, "drop download"),
     ],
 )
 def test_mistakes_are_named(values, kind, words):
@@ -322,10 +319,41 @@ def test_mistakes_are_named(values, kind, words):
         open_data(Recipe(**values))
 
 
+def test_empty_class_folders_are_named(image_folder):
+    recipe = Recipe(data="folder", data_dir=str(image_folder))
+    (image_folder / "train" / ".cache").mkdir()
+    (image_folder / "test" / "green").mkdir()
+    open_data(recipe)
+    (image_folder / "train" / "green").mkdir()
+    (image_folder / "train" / "green" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"class folders without images .*[.]png.*: green; add"):
+        open_data(recipe)
+
+
+def test_small_sets_are_held_in_memory_unless_told_otherwise(image_folder):
+    folder = Recipe(data="folder", data_dir=str(image_folder), val_fraction=0.0)
+
+    def held(used=("train", "test"), **values):
+        return open_data(dataclasses.replace(folder, **values), used).in_memory
+
+    # 24 training and 8 test images with 3 channels; one GiB is 32 of 3,344 pixels.
+    assert held(img_size=3344)
+    assert not held(img_size=3345)
+    assert held(["test"], img_size=3345)
+    assert held(img_size=3345, in_chans=1)
+    assert held(img_size=3345, limit=20)
+    assert held(img_size=3345, in_memory=True)
+    assert not held(img_size=16, in_memory=False)
+    # Without img_size the model's own size counts, where its name tells it.
+    assert held(model="vit_tiny_patch16_224")
+    assert not held(model="local-dir:somewhere")
+    assert not open_data(Recipe(img_size=2000)).in_memory
+
+
 def test_mistakes_in_folders_are_named(image_folder):
     recipe = Recipe(data="folder", data_dir=str(image_folder))
     with pytest.raises(UsageError, match="crop_pad works only in memory"):
-        open_data(dataclasses.replace(recipe, crop_pad=2))
+        open_data(dataclasses.replace(recipe, crop_pad=2, in_memory=False))
     with pytest.raises(UserError, match="no 'dev' in"):
         open_data(dataclasses.replace(recipe, val_split="dev"))
     with pytest.raises(UserError, match="form one class"):

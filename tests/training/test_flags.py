@@ -44,20 +44,25 @@ ON_DIGITS = {
     "rotate_degrees": 10.0,
     "shear_degrees": 10.0,
     "zoom": 0.2,
+    "cutout": 3,
+    "rand_augment": "n1-m9",
+    "classes": [3, 5, 7],
+    "limit": 700,
     "seed": 1,
 }
 ON_FILES = {
-    "in_memory": True,
     "hflip": 0.5,
     "re_prob": 0.5,
     "min_crop_area": 0.1,
     "color_jitter": 0.4,
     "auto_augment": "rand-m9-mstd0.5",
     "train_split": "test",
+    "in_memory": True,
 }
 # Fields whose effect other tests show.
 ELSEWHERE = {
     "data", "data_dir", "val_split", "test_split", "download",  # test_data
+    "unreadable",  # test_readable
     "output", "pretrained",  # test_train
     "trackers",  # test_trackers
     "num_workers",  # test_data: must not change a result
@@ -102,7 +107,14 @@ def test_setting_has_an_effect(tiny, known, field):
 
 @pytest.mark.parametrize("field", list(ON_FILES))
 def test_setting_has_an_effect_on_files(tiny, image_folder, field):
-    base = tiny(data="folder", data_dir=str(image_folder), img_size=16, batch_size=2, num_workers=0)
+    base = tiny(
+        data="folder",
+        data_dir=str(image_folder),
+        in_memory=False,
+        img_size=16,
+        batch_size=2,
+        num_workers=0,
+    )
     assert fingerprint(dataclasses.replace(base, **{field: ON_FILES[field]})) != fingerprint(base)
 
 

@@ -5,7 +5,8 @@ as ours. The modules, from the outside in:
 
 * `train`, `evaluate`: one run from a recipe to a record.
 * `recipe`: every setting of a run, with its bounds.
-* `data`, `memory`, `loader`, `augment`: where images come from and how they become batches.
+* `data`, `sources`, `subset`, `readable`: where images come from and which of them are used.
+* `memory`, `augment`, `rand_augment`, `pixel_ops`, `loader`: how they become batches.
 * `order`: which sample is drawn when, as a function of the seed.
 * `build`, `optim`, `loop`: the model, what updates it, one epoch.
 * `catalog`: what our models cost and our mechanisms can; the one module that needs no extra.

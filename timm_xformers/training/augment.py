@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timm_xformers.training.order import derive_seed
+from timm_xformers.training.pixel_ops import take_pixels
+from timm_xformers.training.rand_augment import EpochPolicy
 
 __all__ = ["Augmentation", "EpochAugmentation"]
 
@@ -32,6 +34,9 @@ class Augmentation:
         shear_degrees: Largest horizontal shear to either side.
         zoom: Scale is drawn between 1 / (1 + zoom) and 1 + zoom, evenly in its logarithm.
         re_prob: Probability that a rectangle is replaced by the mean.
+        cutout: Side in pixels of a square that is replaced by the mean in every image. Its centre
+            is any pixel, so that a part may lie outside (DeVries and Taylor, arXiv:1708.04552).
+        rand_augment: Policy for `EpochPolicy`; None for none.
     """
 
     hflip: float = 0.0
@@ -40,11 +45,13 @@ class Augmentation:
     shear_degrees: float = 0.0
     zoom: float = 0.0
     re_prob: float = 0.0
+    cutout: int = 0
+    rand_augment: str | None = None
 
     @property
-    def moves(self) -> bool:
-        """Whether any transform moves pixels."""
-        return any((self.hflip, self.crop_pad, self.rotate_degrees, self.shear_degrees, self.zoom))
+    def resamples(self) -> bool:
+        """Whether any transform puts pixels between the places of others."""
+        return any((self.rotate_degrees, self.shear_degrees, self.zoom))
 
 
 class EpochAugmentation:
@@ -63,28 +70,30 @@ class EpochAugmentation:
         # Every transform has its columns whether it is on or not: switching one on leaves the
         # others' draws as they were.
         self.draws = torch.rand(num_samples, 11, generator=rng)
+        # What was added later has a generator of its own, for the same reason.
+        rng = torch.Generator().manual_seed(derive_seed(seed, "cutout", epoch))
+        self.centres = torch.rand(num_samples, 2, generator=rng)
+        text = strengths.rand_augment
+        self.policy = None if text is None else EpochPolicy(text, num_samples, seed, epoch)
 
-    def move(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Flip, shift, turn, shear and zoom in one bilinear sampling.
-
-        Whole-pixel shifts and flips hit pixel centres, hence do not blur.
+    def change(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Flip, shift, turn, shear and zoom, then the policy of `Augmentation.rand_augment`.
 
         Args:
-            images: Float images (B, C, H, W) whose background is 0.
+            images: Images in [0, 255] (B, C, H, W), uint8 or float, whose background is 0.
             positions: Place of each image in the data set (B,).
 
         Returns:
-            (B, C, H, W).
+            (B, C, H, W); of uint8 images, uint8 ones, unless they were resampled.
         """
-        if not self.strengths.moves:
-            return images
-        height, width = images.shape[-2:]
-        theta = self._inverse_affine(positions, height, width).to(images)  # (B, 2, 3)
-        grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
-        return F.grid_sample(images, grid, align_corners=False)
+        if self.strengths.resamples:
+            images = self._resample(images.float(), positions)
+        elif self.strengths.hflip or self.strengths.crop_pad:
+            images = self._shift(images, positions)
+        return images if self.policy is None else self.policy.apply(images, positions)
 
     def erase(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Set a rectangle of some images to 0, which is the mean of normalised images.
+        """Set rectangles of some images to 0, which is the mean of normalised images.
 
         Args:
             images: Normalised images (B, C, H, W).
@@ -93,9 +102,21 @@ class EpochAugmentation:
         Returns:
             (B, C, H, W).
         """
-        if not self.strengths.re_prob:
-            return images
-        height, width = images.shape[-2:]
+        if self.strengths.re_prob:
+            images = _blank(images, *self._rectangles(positions, *images.shape[-2:]))
+        if self.strengths.cutout:
+            side = torch.full((len(positions),), self.strengths.cutout)
+            top, left = (
+                (self.centres[positions, axis] * images.shape[axis + 2]).floor() - side // 2
+                for axis in (0, 1)
+            )
+            images = _blank(images, top, left, side, side)
+        return images
+
+    def _rectangles(
+        self, positions: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Top, left, height and width (B,) of what is erased; height 0 where nothing is."""
         draws = self.draws[positions]
         area = ERASED_AREA[0] + draws[:, 7] * (ERASED_AREA[1] - ERASED_AREA[0])
         low, high = (math.log(ratio) for ratio in ERASED_ASPECT)
@@ -105,11 +126,30 @@ class EpochAugmentation:
         top = (draws[:, 9] * (height - tall + 1)).floor()
         left = (draws[:, 10] * (width - wide + 1)).floor()
         tall = torch.where(draws[:, 6] < self.strengths.re_prob, tall, 0)
-        rows, columns = torch.arange(height), torch.arange(width)
-        in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])  # (B, H)
-        in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])  # (B, W)
-        erased = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (B, 1, H, W)
-        return images.masked_fill(erased.to(images.device), 0.0)
+        return top, left, tall, wide
+
+    def _shift(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Flip and shift by whole pixels: `_resample` without turns, exactly and faster."""
+        height, width = images.shape[-2:]
+        draws, shift = self.draws[positions], self._whole_pixels(positions)  # (B, 11), (B, 2)
+        columns = torch.arange(width) - shift[:, :1]  # (B, W)
+        mirrored = draws[:, :1] < self.strengths.hflip
+        columns = torch.where(mirrored, width - 1 - columns, columns).long()
+        rows = (torch.arange(height) - shift[:, 1:]).long()  # (B, H)
+        device = images.device
+        return take_pixels(images, rows[:, :, None].to(device), columns[:, None].to(device))
+
+    def _resample(self, images: Tensor, positions: Tensor) -> Tensor:
+        """All moves in one bilinear sampling; whole-pixel ones hit pixel centres: no blur."""
+        height, width = images.shape[-2:]
+        theta = self._inverse_affine(positions, height, width).to(images)  # (B, 2, 3)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
+        return F.grid_sample(images, grid, align_corners=False)
+
+    def _whole_pixels(self, positions: Tensor) -> Tensor:
+        """Shifts (B, 2) along x and y, whole pixels in [-pad, pad]."""
+        pad = self.strengths.crop_pad
+        return (self.draws[positions, 1:3] * (2 * pad + 1)).floor() - pad
 
     def _inverse_affine(self, positions: Tensor, height: int, width: int) -> Tensor:
         """Matrices (B, 2, 3) that say for each output point where its value comes from."""
@@ -131,9 +171,16 @@ class EpochAugmentation:
             ],
             dim=-2,
         )  # (B, 2, 2)
-        steps = 2 * on.crop_pad + 1
-        shift = (draws[:, 1:3] * steps).floor() - on.crop_pad  # whole pixels in [-pad, pad]
-        shift = shift * torch.tensor([2 / width, 2 / height])
+        shift = self._whole_pixels(positions) * torch.tensor([2 / width, 2 / height])
         # The shift is applied to the output, after the linear part: a whole pixel stays one.
         offset = -(linear @ shift.unsqueeze(-1))  # (B, 2, 1)
         return torch.cat([linear, offset], dim=-1)
+
+
+def _blank(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor) -> Tensor:
+    """Set one rectangle (all arguments (B,)) of each image (B, C, H, W) to 0."""
+    rows, columns = (torch.arange(side) for side in images.shape[-2:])
+    in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])  # (B, H)
+    in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])  # (B, W)
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (B, 1, H, W)
+    return images.masked_fill(inside.to(images.device), 0.0)

@@ -1,12 +1,13 @@
 """The data of a run: train, validation and test splits, what they hold, and their batches."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from timm_xformers.training.augment import Augmentation
@@ -15,13 +16,18 @@ from timm_xformers.training.loader import LoaderBatches
 from timm_xformers.training.memory import MemoryBatches, decode
 from timm_xformers.training.order import stratified_split
 from timm_xformers.training.preprocessing import Preprocessing
+from timm_xformers.training.rand_augment import check_policy
 from timm_xformers.training.rawsplit import RawSplit
+from timm_xformers.training.readable import drop_unreadable, glance, refuse_unreadable
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.sources import KNOWN_SETS, open_source
+from timm_xformers.training.sources import KNOWN_SETS, KnownSet, open_source
+from timm_xformers.training.subset import limit_images, select_classes
 
 __all__ = ["Batches", "Data", "make_batches", "open_data"]
 
-MEMORY_ONLY = ("crop_pad", "rotate_degrees", "shear_degrees", "zoom")
+MEMORY_ONLY = ("crop_pad", "rotate_degrees", "shear_degrees", "zoom", "cutout", "rand_augment")
+# What is decoded once and kept, unless the recipe says otherwise: all splits together.
+HELD_UNASKED_MIB = 1024
 LOADER_ONLY = ("min_crop_area", "color_jitter", "auto_augment")
 
 
@@ -52,6 +58,7 @@ class Data:
         mean: Per channel, of images in [0, 1].
         std: Per channel, of images in [0, 1].
         in_memory: Whether batches are made from decoded images.
+        skipped: Names of unreadable images, which are in none of the splits.
     """
 
     train: RawSplit
@@ -64,6 +71,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     in_memory: bool
+    skipped: tuple[str, ...] = ()
 
     def normalize_like_this(self, preprocessing: Preprocessing) -> Preprocessing:
         """A model's size and channels with this data's normalisation, images kept whole."""
@@ -85,19 +93,26 @@ class Data:
         return found
 
 
-def open_data(recipe: Recipe) -> Data:
+def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) -> Data:
     """Open the data of a recipe and set a validation part aside.
 
-    The part depends on the data and ``val_fraction`` alone, so that runs over several seeds are
-    chosen by the same images.
+    The part depends on the data, its classes and ``val_fraction`` alone, so that runs over several
+    seeds, or with fewer training images, are chosen by the same images.
+
+    Args:
+        recipe: Names the data and which part of it to take.
+        used: Splits that will be read. Only these are looked through for unreadable images, and
+            only these count towards the size that is held in memory.
 
     Raises:
-        UserError: The data is missing, empty or does not fit the recipe.
+        UserError: The data is missing, empty, unreadable or does not fit the recipe.
     """
+    if recipe.rand_augment is not None:
+        check_policy(recipe.rand_augment)
     source = open_source(recipe)
+    if recipe.classes is not None:
+        source = select_classes(source, recipe.classes)
     known = KNOWN_SETS.get(recipe.data)
-    in_memory = recipe.in_memory if recipe.in_memory is not None else known is not None
-    _refuse_unread(recipe, in_memory)
 
     train, val = source.train, source.val
     if val is None and recipe.val_fraction:
@@ -125,17 +140,38 @@ def open_data(recipe: Recipe) -> Data:
             "its own."
         )
 
+    if recipe.limit is not None:
+        train = limit_images(train, recipe.limit)
+
     in_chans = 1 if train.mode == "L" else 3
+    found = {"train": train, "val": val, "test": source.test}
+    chosen = {name: split for name in used if (split := found[name]) is not None}
+    in_memory = recipe.in_memory
+    if in_memory is None:
+        images = sum(map(len, chosen.values()))
+        in_memory = _is_small(images * in_chans, _side(recipe, known))
+    _refuse_unread(recipe, in_memory)
+    skipped: list[str] = []
+    if recipe.unreadable == "error":
+        problems = [problem for split in chosen.values() for problem in glance(split)]
+        refuse_unreadable(problems, sum(map(len, chosen.values())))
+    else:
+        for name, split in chosen.items():
+            found[name], lost = drop_unreadable(split, recipe.num_workers)
+            skipped += lost
+
     if known is not None and known.in_chans == in_chans:
         mean, std = known.mean, known.std
     elif in_chans == 3:
         mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     else:
         mean, std = (0.5,), (0.5,)
+    readable_train = found["train"]
+    assert readable_train is not None
     return Data(
-        train=train,
-        val=val,
-        test=source.test,
+        train=readable_train,
+        val=found["val"],
+        test=found["test"],
         num_classes=num_classes,
         in_chans=in_chans,
         class_names=source.class_names if len(source.class_names) == num_classes else (),
@@ -143,6 +179,7 @@ def open_data(recipe: Recipe) -> Data:
         mean=mean,
         std=std,
         in_memory=in_memory,
+        skipped=tuple(skipped),
     )
 
 
@@ -164,9 +201,11 @@ def make_batches(
             shear_degrees=recipe.shear_degrees,
             zoom=recipe.zoom,
             re_prob=recipe.re_prob,
+            cutout=recipe.cutout,
+            rand_augment=recipe.rand_augment,
         )
         return MemoryBatches(
-            decode(split, preprocessing),
+            decode(split, preprocessing, recipe.num_workers),
             split.labels,
             mean=preprocessing.mean,
             std=preprocessing.std,
@@ -192,6 +231,19 @@ def make_batches(
     return LoaderBatches(
         split, transform, device=device, num_workers=recipe.num_workers, seed=recipe.seed
     )
+
+
+def _side(recipe: Recipe, known: KnownSet | None) -> int | None:
+    """Side of the model's input in pixels, as far as it can be told without building the model."""
+    if recipe.img_size is not None or known is not None:
+        return recipe.img_size or (known.img_size if known else None)
+    config = get_pretrained_cfg(recipe.model)
+    return None if config is None else int(config.input_size[1])
+
+
+def _is_small(channels: int, side: int | None) -> bool:
+    """Whether so many channels of uint8 images, over all splits, may be held in memory unasked."""
+    return side is not None and channels * side**2 <= HELD_UNASKED_MIB * 2**20
 
 
 def _refuse_unread(recipe: Recipe, in_memory: bool) -> None:

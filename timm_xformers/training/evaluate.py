@@ -40,7 +40,7 @@ def evaluate(
         UserError: Something the user can repair.
     """
     model, data, preprocessing = (
-        _published(recipe) if checkpoint is None else _from_file(recipe, checkpoint)
+        _published(recipe, split) if checkpoint is None else _from_file(recipe, split, checkpoint)
     )
     images = data.split(split)
     check_input(model, preprocessing.shape)
@@ -80,6 +80,7 @@ def evaluate(
         img_size=preprocessing.img_size,
         in_chans=preprocessing.in_chans,
         num_classes=data.num_classes,
+        skipped_images=len(data.skipped),
         batch_size=recipe.batch_size,
         num_processes=accelerator.num_processes,
         mixed_precision=recipe.mixed_precision,
@@ -90,7 +91,7 @@ def evaluate(
     )
 
 
-def _published(recipe: Recipe) -> tuple[nn.Module, Data, Preprocessing]:
+def _published(recipe: Recipe, split: str) -> tuple[nn.Module, Data, Preprocessing]:
     """A model whose configuration says what it expects; the data follows the model."""
     arguments = dict(recipe.model_kwargs)
     if recipe.in_chans is not None:
@@ -99,14 +100,19 @@ def _published(recipe: Recipe) -> tuple[nn.Module, Data, Preprocessing]:
     preprocessing = Preprocessing.of_model(model, recipe.img_size, arguments.get("in_chans"))
     num_classes: Any = model.num_classes
     fitted = dataclasses.replace(
-        recipe, in_chans=preprocessing.in_chans, num_classes=recipe.num_classes or num_classes
+        recipe,
+        img_size=preprocessing.img_size,
+        in_chans=preprocessing.in_chans,
+        num_classes=recipe.num_classes or num_classes,
     )
-    return model, open_data(fitted), preprocessing
+    return model, open_data(fitted, [split]), preprocessing
 
 
-def _from_file(recipe: Recipe, checkpoint: Path) -> tuple[nn.Module, Data, Preprocessing]:
+def _from_file(
+    recipe: Recipe, split: str, checkpoint: Path
+) -> tuple[nn.Module, Data, Preprocessing]:
     """A model built around the data, as training does it."""
-    data = open_data(recipe)
+    data = open_data(recipe, [split])
     img_size = recipe.img_size or data.img_size
     arguments = {
         "in_chans": data.in_chans,

@@ -1,12 +1,13 @@
 """Undecoded images with their labels, whatever kind of data set keeps them."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -41,22 +42,45 @@ class RawSplit:
             UserError: The file cannot be decoded; its name is in the message.
         """
         row = int(self.rows[position])
-        reader = getattr(self.dataset, "reader", None)
-        if reader is None:
+        if not self.encoded:
             image: Image.Image = self.dataset[row][0]
             return image if image.mode == self.mode else image.convert(self.mode)
         # timm's data set would put the next image in the place of one it cannot read.
         try:
-            with reader[row][0] as file, Image.open(file) as image:
+            with self.dataset.reader[row][0] as file, Image.open(file) as image:
                 return image.convert(self.mode)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damaged bytes make decoders raise nearly anything
             raise UserError(
-                f"Cannot read image {reader.filename(row)}: {error}; repair or remove it."
+                f"Cannot read image {self.name(position)}: {_reason(error)}; repair or remove it, "
+                "or leave it out with --set unreadable=skip."
             ) from error
 
-    def images(self) -> Iterator[Image.Image]:
-        """Decode all images in order."""
-        return (self.image(position) for position in range(len(self)))
+    def problem(self, position: int) -> str | None:
+        """Why an image cannot be decoded; None if it can."""
+        try:
+            self.image(position)
+        except UserError as error:
+            return _reason(error.__cause__ or error)
+        return None
+
+    @property
+    def encoded(self) -> bool:
+        """Whether images are files' bytes, which may be damaged, and not pixels already."""
+        return getattr(self.dataset, "reader", None) is not None
+
+    def name(self, position: int) -> str:
+        """What to call an image in a message: its file, where it has one."""
+        row = int(self.rows[position])
+        named = self.dataset.reader.filename(row, absolute=True) if self.encoded else None
+        return str(named or f"number {row}")
+
+    def paths(self) -> Sequence[Path] | None:
+        """The file of each of the data set's items, if they are plain files."""
+        samples = getattr(getattr(self.dataset, "reader", None), "samples", None)
+        # A tar's samples are an array of members, or a list of them.
+        if not isinstance(samples, list) or not samples or not isinstance(samples[0][0], str):
+            return None
+        return [Path(path) for path, _ in samples]
 
     def subset(self, positions: Tensor) -> "RawSplit":
         """The images at some positions."""
@@ -132,6 +156,13 @@ def class_index(dataset: Any) -> dict[str, int]:
     reader = getattr(dataset, "reader", None)
     names = ("class_to_idx", "class_name_to_idx")
     return next((index for name in names if (index := getattr(reader, name, None))), {})
+
+
+def _reason(error: BaseException) -> str:
+    """One line on a decoder's error, without the object it was reading from."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of an unknown kind"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read_stream(dataset: Any) -> PilImages:

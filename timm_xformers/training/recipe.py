@@ -63,7 +63,8 @@ class Recipe:
     # Start from the model's published weights instead of random ones.
     pretrained: bool = False
 
-    # digits, mnist, fashion_mnist, cifar10, cifar100, folder, or a timm scheme such as hfds/NAME.
+    # digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, folder, or a timm scheme such
+    # as hfds/NAME.
     data: str = "digits"
     # Where the data set lies; digits needs none.
     data_dir: str | None = None
@@ -73,7 +74,14 @@ class Recipe:
     test_split: str | None = None
     # Let torchvision download the set into data_dir if it is not there.
     download: bool = False
-    # Decode everything once to uint8 and augment in batches; null: do so for the sets named above.
+    # Classes to keep, by name or label; they are numbered anew in this order. null: all.
+    classes: list[Any] | None = None
+    # Use at most so many training images, the same share of every class and the same ones for
+    # every seed; validation and test images stay all. null: all.
+    limit: int | None = _bounded(None, low=1)
+    # Images that cannot be read: stop and name them, or leave them out and say so.
+    unreadable: str = _bounded("error", choices=("error", "skip"))
+    # Decode everything once to uint8 and augment in batches; null: if that takes at most 1 GiB.
     in_memory: bool | None = None
     # Side of the square input in pixels; null: the data set's own, or the model's.
     img_size: int | None = _bounded(None, low=1)
@@ -134,6 +142,11 @@ class Recipe:
     rotate_degrees: float = _bounded(0.0, low=0.0, high=180.0)
     shear_degrees: float = _bounded(0.0, low=0.0, high=60.0)
     zoom: float = _bounded(0.0, low=0.0, high=1.0)
+    # In memory too: side in pixels of a square that is cut out of every image, and a policy for
+    # colours and shapes: trivial, n2-m9 (two operations of strength 9 of 30) and the like, or
+    # autoaugment-cifar10.
+    cutout: int = _bounded(0, low=0)
+    rand_augment: str | None = None
     # From files only: smallest share of the image that a random crop keeps, strength of colour
     # jitter, and a policy in timm's notation, such as rand-m9-mstd0.5.
     min_crop_area: float = _bounded(0.5, low=0.0, high=1.0, open_low=True)

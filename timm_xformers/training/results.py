@@ -54,6 +54,7 @@ class Record:
         val_top5_percent: Accuracy with five guesses.
         val_loss: Mean cross-entropy.
         test_images: Images of the test split, likewise below.
+        skipped_images: Unreadable images left out of the splits in use.
         epochs: Epochs trained.
         best_epoch: Epoch whose weights were kept.
         recipe_hash: Equal for runs that differ in seed and paths only.
@@ -91,6 +92,7 @@ class Record:
     test_top1_interval_percent: list[float] | None = None
     test_top5_percent: float | None = None
     test_loss: float | None = None
+    skipped_images: int | None = None
     epochs: int | None = None
     best_epoch: int | None = None
     recipe_hash: str | None = None

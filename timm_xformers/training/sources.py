@@ -1,15 +1,21 @@
 """Where images come from: scikit-learn's digits, well-known small sets, folders, timm's schemes.
 
 A source is opened, not decoded: it says how many images it has, their labels and their names.
+
+A source with a validation part and no test part is tested on that part, and its validation images
+come from training. So it is with Tiny ImageNet, whose test labels were never published: 200 classes
+of 64 x 64 pixels, some grey (read as RGB), 100,000 training images, and 10,000 for the test.
 """
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import create_dataset, get_img_extensions
 
 from timm_xformers.training.errors import UsageError, UserError, nearest, require_extra
 from timm_xformers.training.order import stratified_split
@@ -22,7 +28,7 @@ from timm_xformers.training.rawsplit import (
 )
 from timm_xformers.training.recipe import Recipe
 
-__all__ = ["KNOWN_SETS", "Source", "open_source"]
+__all__ = ["KNOWN_SETS", "KnownSet", "Source", "open_source"]
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("validation", "val", "valid", "eval", "evaluation")
@@ -58,6 +64,7 @@ KNOWN_SETS = {
     "cifar100": KnownSet(
         "cifar-100-python", 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
+    "tiny_imagenet": KnownSet(None, 3, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 }
 
 
@@ -116,17 +123,23 @@ def _digits(recipe: Recipe, mode: str) -> Source:
 def _locate_known(recipe: Recipe, known: KnownSet) -> str:
     """The timm scheme for a known set: torchvision's layout or a folder of parquet files."""
     name = recipe.data
+    if known.layout is None and recipe.download:
+        raise UsageError(f"torchvision has no {name} to download; drop download.")
     if recipe.data_dir is None:
-        raise UserError(
-            f"{name} needs a folder: pass --data-dir with torchvision's layout ({known.layout}) or "
-            "parquet files, or with --set download=true."
-        )
+        places = "parquet files"
+        if known.layout is not None:
+            places = (
+                f"torchvision's layout ({known.layout}) or {places}, or with --set download=true"
+            )
+        raise UserError(f"{name} needs a folder: pass --data-dir with {places}.")
     root = Path(recipe.data_dir)
-    if (root / str(known.layout)).exists() or recipe.download:
+    if known.layout is not None and ((root / known.layout).exists() or recipe.download):
         return f"torch/{name}"
     for folder in (root, root / name):
         if any(folder.glob("*.parquet")):
             return f"hfds/{folder.resolve()}"
+    if known.layout is None:
+        raise UserError(f"No {name} in {root}: no *.parquet is there; correct --data-dir.")
     raise UserError(
         f"No {name} in {root}: neither {known.layout} nor *.parquet is there; correct --data-dir "
         "or add --set download=true."
@@ -146,8 +159,10 @@ def _folder(recipe: Recipe, mode: str) -> Source:
         names = [wanted] if wanted else [name + end for name in usual for end in ("", ".tar")]
         return next((root / name for name in names if (root / name).exists()), None)
 
-    train = _open("", find(recipe.train_split, TRAIN_NAMES) or root, mode, search_split=False)
+    train_root = find(recipe.train_split, TRAIN_NAMES) or root
+    train = _open("", train_root, mode, search_split=False)
     class_map = class_index(train)
+    _refuse_empty_classes(train_root, class_map)
 
     def held_out(wanted: str | None, usual: tuple[str, ...]) -> RawSplit | None:
         path = find(wanted, usual)
@@ -168,6 +183,27 @@ def _folder(recipe: Recipe, mode: str) -> Source:
     if test is None and recipe.val_split is None:
         val, test = None, val
     return Source(raw_split(train, mode), val, test, class_names(train))
+
+
+def _refuse_empty_classes(root: Path, known: Collection[str]) -> None:
+    """A class without images has no number; left unsaid, the later classes would be renumbered."""
+    # Folders of folders, hidden ones and those of tools are not classes.
+    empty = [
+        os.path.relpath(folder, root)
+        for folder, subfolders, _ in os.walk(root, followlinks=True)
+        if folder != str(root)
+        and not subfolders
+        and (name := os.path.basename(folder)) not in known
+        and not name.startswith((".", "_"))
+    ]
+    if empty:
+        named = ", ".join(sorted(empty)[:5])
+        named += f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        kinds = ", ".join(get_img_extensions())  # type: ignore[no-untyped-call]
+        raise UserError(
+            f"{root} has class folders without images ({kinds}): {named}; "
+            "add images or remove the folders."
+        )
 
 
 def _scheme(name: str, recipe: Recipe, mode: str) -> Source:

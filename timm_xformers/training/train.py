@@ -111,6 +111,8 @@ class _Run:
         rows: One for each finished epoch.
         train_data: Augmented training images.
         val_data: Validation images, if there are any.
+        test_data: Test images, if there are any: decoded now, so that one that cannot be read stops
+            the run before it begins, and measured once, at the end.
         saved_at: When ``last/`` was written.
     """
 
@@ -120,15 +122,17 @@ class _Run:
     rows: list[EpochRow]
     train_data: Batches = dataclasses.field(init=False)
     val_data: Batches | None = dataclasses.field(init=False)
+    test_data: Batches | None = dataclasses.field(init=False)
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._open_batches()
 
     def _open_batches(self) -> None:
-        session, val = self.session, self.session.data.val
+        session, val, test = self.session, self.session.data.val, self.session.data.test
         self.train_data = session.batches(session.data.train, training=True)
         self.val_data = None if val is None else session.batches(val)
+        self.test_data = None if test is None else session.batches(test)
 
     def execute(self, notes: Sequence[str] = ()) -> Record:
         """Train what is left, then measure the best weights.
@@ -163,6 +167,8 @@ class _Run:
         ):
             for line in (headline(session, folder.root), *notes):
                 progress.say(line)
+            for name in session.data.skipped:
+                progress.say(f"left out, cannot be read: {name}")
             try:
                 for epoch in range(self.progression.epoch + 1, recipe.epochs + 1):
                     reached, row = self._epoch(epoch, progress, request)
@@ -290,9 +296,7 @@ class _Run:
         model.to(accelerator.device)
         measured: dict[str, Any] = {}
         described: tuple[Metrics, str] | None = None  # the test set comes last, and goes first
-        test = session.data.test
-        test_data = None if test is None else session.batches(test)
-        for name, batches in (("val", self.val_data), ("test", test_data)):
+        for name, batches in (("val", self.val_data), ("test", self.test_data)):
             if batches is not None:
                 metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
                 measured |= split_fields(name, metrics)
@@ -310,6 +314,7 @@ class _Run:
             img_size=session.preprocessing.img_size,
             in_chans=session.preprocessing.in_chans,
             num_classes=session.data.num_classes,
+            skipped_images=len(session.data.skipped),
             epochs=recipe.epochs,
             best_epoch=self.progression.best_epoch,
             recipe_hash=recipe.digest,

@@ -9,8 +9,8 @@ __all__ = ["add_recipe_options", "given_values", "recipe_from"]
 
 # Flags with the name of a recipe field.
 FIELDS = (
-    *("model", "data", "data_dir", "epochs", "batch_size", "img_size", "seed", "output"),
-    "num_processes",
+    *("model", "data", "data_dir", "classes", "limit", "epochs", "batch_size"),
+    *("img_size", "seed", "output", "num_processes"),
 )
 
 
@@ -20,10 +20,16 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="timm name, local-dir:FOLDER or hf-hub:OWNER/NAME")
     parser.add_argument(
         "--data",
-        help="digits, mnist, fashion_mnist, cifar10, cifar100, folder, or a timm scheme "
-        "(torch/..., hfds/..., wds/...)",
+        help="digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, folder, or a timm "
+        "scheme (torch/..., hfds/..., wds/...)",
     )
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lies")
+    parser.add_argument(
+        "--classes",
+        type=lambda text: text.split(","),
+        metavar="A,B,...",
+        help="only these classes, by name or label, numbered anew in this order",
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and pass")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the input")
     parser.add_argument("--seed", type=int, metavar="N")

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-processes", type=int, metavar="N", help="refuse to run with more or fewer processes"
     )
     parser.add_argument(
+        "--limit", type=int, metavar="N", help="at most N training images, evenly from all classes"
+    )
+    parser.add_argument(
         "--output", metavar="FOLDER", help="run folder to create; default runs/MODEL-DATA-N"
     )
     parser.add_argument(
