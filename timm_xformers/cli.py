@@ -15,7 +15,7 @@ from timm_xformers.training.errors import UserError
 
 __all__ = ["main"]
 
-COMMANDS = ("train", "evaluate", "models")
+COMMANDS = ("train", "evaluate", "select", "models")
 # The file system's refusals: the user's to repair, wherever they come up.
 REFUSALS = (
     errno.EACCES,

@@ -19,7 +19,7 @@ from timm_xformers.training.rawsplit import RawSplit
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.sources import KNOWN_SETS, open_source
 
-__all__ = ["Batches", "Data", "make_batches", "open_data"]
+__all__ = ["Batches", "Data", "make_batches", "open_data", "refuse_unread"]
 
 MEMORY_ONLY = ("crop_pad", "rotate_degrees", "shear_degrees", "zoom")
 LOADER_ONLY = ("min_crop_area", "color_jitter", "auto_augment")
@@ -65,11 +65,17 @@ class Data:
     std: tuple[float, ...]
     in_memory: bool
 
-    def normalize_like_this(self, preprocessing: Preprocessing) -> Preprocessing:
-        """A model's size and channels with this data's normalisation, images kept whole."""
-        return dataclasses.replace(
-            preprocessing, mean=self.mean, std=self.std, crop_pct=1.0, interpolation="bicubic"
-        )
+    def preprocess(self, preprocessing: Preprocessing, normalize: str) -> Preprocessing:
+        """A new model's size and channels for this data, images kept whole.
+
+        Args:
+            preprocessing: What the model's configuration says.
+            normalize: Whose mean and std to scale by: ``data`` or ``model``.
+        """
+        whole = dataclasses.replace(preprocessing, crop_pct=1.0, interpolation="bicubic")
+        if normalize == "model":
+            return whole
+        return dataclasses.replace(whole, mean=self.mean, std=self.std)
 
     def split(self, name: str) -> RawSplit:
         """A split by name.
@@ -97,7 +103,7 @@ def open_data(recipe: Recipe) -> Data:
     source = open_source(recipe)
     known = KNOWN_SETS.get(recipe.data)
     in_memory = recipe.in_memory if recipe.in_memory is not None else known is not None
-    _refuse_unread(recipe, in_memory)
+    refuse_unread(recipe, in_memory)
 
     train, val = source.train, source.val
     if val is None and recipe.val_fraction:
@@ -194,8 +200,12 @@ def make_batches(
     )
 
 
-def _refuse_unread(recipe: Recipe, in_memory: bool) -> None:
-    """A setting that the chosen path would ignore is a mistake worth a word."""
+def refuse_unread(recipe: Recipe, in_memory: bool) -> None:
+    """A setting that the chosen path would ignore is a mistake worth a word.
+
+    Raises:
+        UsageError: It names the setting.
+    """
     defaults = Recipe()
     for name in LOADER_ONLY if in_memory else MEMORY_ONLY:
         if getattr(recipe, name) != getattr(defaults, name):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_xformers.training.data import Batches
-from timm_xformers.training.errors import UserError
+from timm_xformers.training.errors import DivergedError
 from timm_xformers.training.metrics import add_up
 from timm_xformers.training.order import (
     derive_seed,
@@ -95,7 +95,7 @@ class Trainer:
                 per second of the epoch so far.
 
         Raises:
-            UserError: The loss is no longer a number.
+            DivergedError: The loss is no longer a number.
         """
         accelerator = self.accelerator
         rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -209,7 +209,7 @@ class _LossWatch:
             broken = (~rows[:, 0].isfinite()).nonzero()
             if len(broken):
                 step = self.passes + int(broken[0]) + 1
-                raise UserError(
+                raise DivergedError(
                     f"The loss became {float(rows[int(broken[0]), 0])} in epoch {self.epoch}, step "
                     f"{step} of {self.num_batches}; lower lr or set clip_grad=1. The best weights "
                     "so far are kept."
