@@ -103,6 +103,10 @@ def test_scripts_train_and_evaluate_our_model(monkeypatch, capsys, tmp_path):
         ("report nowhere", 1, "nowhere does not exist"),
         ("train --set trackers=[tensorbord]", 2, "trackers='tensorbord' is unknown"),
         ("evaluate --model local-dir:nowhere", 1, "config.json is missing"),
+        ("select --space mnist_stud", 2, "nearest: mnist_study"),
+        ("select --space mnist_study --workers 0", 2, "--workers 0"),
+        ("select --space mnist_study", 1, "Configuration 1 (model_kwargs.double_softmax=True"),
+        ("select --space mnist_study --data-dir nowhere", 1, "nowhere does not exist"),
         ("models vix_sofmax", 2, "nearest: vix_softmax"),
         ("models --mechanism performr", 2, "nearest: performer"),
         ("models vix_softmax --max-params 600k", 2, "None of the 1 matching"),
@@ -129,6 +133,7 @@ def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tm
         ["models", "--img-size", "0"],
         ["report"],
         ["report", "run", "--sort", "beauty"],
+        ["select"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
@@ -177,9 +182,10 @@ MODELS_FLAGS = (
         ("train", SHARED_FLAGS),
         ("evaluate", [*SHARED_FLAGS, "--details"]),
         ("report", ["--output", "--sort", "--metric"]),
+        ("select", [*SHARED_FLAGS, "--space", "--workers", "--no-final"]),
         ("models", MODELS_FLAGS),
     ],
-    ids=["train", "evaluate", "report", "models"],
+    ids=["train", "evaluate", "report", "select", "models"],
 )
 def test_help_answers_at_once_without_torch(command, flags):
     code = (
@@ -201,6 +207,17 @@ def test_help_answers_at_once_without_torch(command, flags):
         for flag in flags:
             assert flag in result.stdout
     assert min(times) < 0.5
+
+
+def test_script_selects_by_what_the_space_says(monkeypatch, capsys, tmp_path):
+    (tmp_path / "space.yaml").write_text("grid: {lr: [1.0e-3, 3.0e-3]}\nfolds: 1\n")
+    arguments = [*TINY, "--space", "space.yaml", "--output", "chosen", "--no-final"]
+    assert run_script("select_model.py", arguments, monkeypatch) == 0
+    assert "Best is lr 0.00" in capsys.readouterr().out
+    assert {"best.yaml", "selection.csv", "selection.md", "selection.png"} <= {
+        path.name for path in (tmp_path / "chosen").iterdir()
+    }
+    assert not (tmp_path / "chosen" / "final").exists()
 
 
 def test_data_set_chooses_its_recipe(monkeypatch):

@@ -16,6 +16,7 @@ ON_DIGITS = {
     "model_kwargs": {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2},
     "img_size": 12,
     "in_chans": 3,
+    "normalize": "model",
     "num_classes": 12,
     "val_fraction": 0.2,
     "epochs": 3,

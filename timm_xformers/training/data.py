@@ -23,7 +23,7 @@ from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.sources import KNOWN_SETS, KnownSet, open_source
 from timm_xformers.training.subset import limit_images, select_classes
 
-__all__ = ["Batches", "Data", "make_batches", "open_data"]
+__all__ = ["Batches", "Data", "make_batches", "open_data", "refuse_unread"]
 
 MEMORY_ONLY = ("crop_pad", "rotate_degrees", "shear_degrees", "zoom", "cutout", "rand_augment")
 # What is decoded once and kept, unless the recipe says otherwise: all splits together.
@@ -73,11 +73,17 @@ class Data:
     in_memory: bool
     skipped: tuple[str, ...] = ()
 
-    def normalize_like_this(self, preprocessing: Preprocessing) -> Preprocessing:
-        """A model's size and channels with this data's normalisation, images kept whole."""
-        return dataclasses.replace(
-            preprocessing, mean=self.mean, std=self.std, crop_pct=1.0, interpolation="bicubic"
-        )
+    def preprocess(self, preprocessing: Preprocessing, normalize: str) -> Preprocessing:
+        """A new model's size and channels for this data, images kept whole.
+
+        Args:
+            preprocessing: What the model's configuration says.
+            normalize: Whose mean and std to scale by: ``data`` or ``model``.
+        """
+        whole = dataclasses.replace(preprocessing, crop_pct=1.0, interpolation="bicubic")
+        if normalize == "model":
+            return whole
+        return dataclasses.replace(whole, mean=self.mean, std=self.std)
 
     def split(self, name: str) -> RawSplit:
         """A split by name.
@@ -150,7 +156,7 @@ def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) 
     if in_memory is None:
         images = sum(map(len, chosen.values()))
         in_memory = _is_small(images * in_chans, _side(recipe, known))
-    _refuse_unread(recipe, in_memory)
+    refuse_unread(recipe, in_memory)
     skipped: list[str] = []
     if recipe.unreadable == "error":
         problems = [problem for split in chosen.values() for problem in glance(split)]
@@ -246,8 +252,12 @@ def _is_small(channels: int, side: int | None) -> bool:
     return side is not None and channels * side**2 <= HELD_UNASKED_MIB * 2**20
 
 
-def _refuse_unread(recipe: Recipe, in_memory: bool) -> None:
-    """A setting that the chosen path would ignore is a mistake worth a word."""
+def refuse_unread(recipe: Recipe, in_memory: bool) -> None:
+    """A setting that the chosen path would ignore is a mistake worth a word.
+
+    Raises:
+        UsageError: It names the setting.
+    """
     defaults = Recipe()
     for name in LOADER_ONLY if in_memory else MEMORY_ONLY:
         if getattr(recipe, name) != getattr(defaults, name):

@@ -8,13 +8,17 @@ import importlib.util
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["UsageError", "UserError", "nearest", "require_extra"]
+__all__ = ["DivergedError", "UsageError", "UserError", "nearest", "require_extra"]
 
 
 class UserError(ValueError):
     """The run cannot go on, for a reason outside the code: data, files, numbers that diverged."""
 
     exit_code = 1
+
+
+class DivergedError(UserError):
+    """The loss is no longer a number: a verdict on the settings, not on the machine."""
 
 
 class UsageError(UserError):

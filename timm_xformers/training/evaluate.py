@@ -120,5 +120,6 @@ def _from_file(
         **recipe.model_kwargs,
     }
     model, _ = build_model(recipe.model, img_size=img_size, checkpoint=checkpoint, **arguments)
-    preprocessing = data.normalize_like_this(Preprocessing.of_model(model, img_size, data.in_chans))
+    preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
+    preprocessing = data.preprocess(preprocessing, recipe.normalize)
     return model, data, preprocessing

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.recipe import Recipe, load_recipe
 
-__all__ = ["RunFolder", "create_run_folder", "open_run_folder"]
+__all__ = ["RunFolder", "create_run_folder", "open_run_folder", "plain_name"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _create(recipe: Recipe) -> Path:
                 )
             root.mkdir(parents=True, exist_ok=True)
             return root
-        name = f"{_plain(recipe.model)}-{_plain(recipe.data)}"
+        name = plain_name(recipe.model, recipe.data)
         parent = Path("runs")
         parent.mkdir(exist_ok=True)
         taken = [re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name) for path in parent.iterdir()]
@@ -128,6 +128,6 @@ def _create(recipe: Recipe) -> Path:
         ) from error
 
 
-def _plain(name: str) -> str:
-    """A name as part of a file name: paths and prefixes become one word."""
-    return re.sub(r"[^\w.]+", "_", name).strip("_.")[-60:]
+def plain_name(*names: str) -> str:
+    """Names as part of a file name: paths and prefixes become one word each."""
+    return "-".join(re.sub(r"[^\w.]+", "_", name).strip("_.")[-60:] for name in names)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_xformers.training.data import Batches
-from timm_xformers.training.errors import UserError
+from timm_xformers.training.errors import DivergedError
 from timm_xformers.training.metrics import add_up
 from timm_xformers.training.order import (
     derive_seed,
@@ -130,7 +130,7 @@ class Trainer:
             sums: Of the batches that are done.
 
         Raises:
-            UserError: The loss is no longer a number.
+            DivergedError: The loss is no longer a number.
         """
         accelerator = self.accelerator
         rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -265,7 +265,7 @@ class _LossWatch:
             for loss, right in rows:
                 sums.passes += 1
                 if not math.isfinite(loss):
-                    raise UserError(
+                    raise DivergedError(
                         f"The loss became {loss} in epoch {self.epoch}, step {sums.passes} of "
                         f"{self.num_batches}; lower lr or set clip_grad=1. The best weights so far "
                         "are kept."

@@ -20,7 +20,16 @@ import yaml
 from timm_xformers.training.atomic import write_text
 from timm_xformers.training.errors import UsageError, nearest
 
-__all__ = ["Recipe", "load_recipe", "parse_assignments", "shipped_recipes"]
+__all__ = [
+    "Recipe",
+    "find_settings",
+    "load_recipe",
+    "override",
+    "parse_assignments",
+    "read_settings",
+    "shipped_recipes",
+    "shipped_spaces",
+]
 
 T = TypeVar("T")
 
@@ -83,6 +92,9 @@ class Recipe:
     unreadable: str = _bounded("error", choices=("error", "skip"))
     # Decode everything once to uint8 and augment in batches; null: if that takes at most 1 GiB.
     in_memory: bool | None = None
+    # Whose mean and standard deviation the pixels are scaled by: the data's, or those that the
+    # model's configuration names; pretrained weights always get theirs.
+    normalize: str = _bounded("data", choices=("data", "model"))
     # Side of the square input in pixels; null: the data set's own, or the model's.
     img_size: int | None = _bounded(None, low=1)
     # Colour channels; null: as the data set has them.
@@ -276,7 +288,22 @@ def load_recipe(source: str | None, overrides: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: No such recipe, an unknown key, a value of the wrong type or out of range.
     """
-    values = {} if source is None else _read(_find(source))
+    values = {}
+    if source is not None:
+        values = read_settings(find_settings(source, shipped_recipes(), "recipe"))
+    return _build(values, overrides)
+
+
+def override(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A recipe with other values, given as to `load_recipe`.
+
+    Raises:
+        UsageError: An unknown key, a value of the wrong type or out of range.
+    """
+    return _build(dataclasses.asdict(recipe), values)
+
+
+def _build(values: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
     for key, value in overrides.items():
         name, _, entry = key.partition(".")
         if entry:
@@ -312,34 +339,57 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 def shipped_recipes() -> dict[str, Path]:
     """Recipes by name: from the installed package, else from the checkout it runs from."""
+    return _shipped("*.yaml")
+
+
+def shipped_spaces() -> dict[str, Path]:
+    """What recipes are selected from, by name; see `timm_xformers.training.space`."""
+    return _shipped("spaces/*.yaml")
+
+
+def _shipped(pattern: str) -> dict[str, Path]:
     package = Path(str(importlib.resources.files("timm_xformers")))
     for folder in (package / "recipes", package.parent / "train_scripts" / "recipes"):
         if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+            return {path.stem: path for path in sorted(folder.glob(pattern))}
     return {}
 
 
-def _find(source: str) -> Path:
-    shipped = shipped_recipes()
+def find_settings(source: str, shipped: Mapping[str, Path], kind: str) -> Path:
+    """The file that a name or a path means.
+
+    Args:
+        source: Path of a YAML file, or a shipped name.
+        shipped: Files by name.
+        kind: What it is, in one word for the message.
+
+    Raises:
+        UsageError: It is neither.
+    """
     if source in shipped:
         return shipped[source]
     path = Path(source)
     if not path.is_file():
         raise UsageError(
-            f"No recipe {source!r}: neither a file nor a shipped name{nearest(source, shipped)}; "
+            f"No {kind} {source!r}: neither a file nor a shipped name{nearest(source, shipped)}; "
             f"shipped are {', '.join(shipped)}."
         )
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a mapping from YAML.
+
+    Raises:
+        UsageError: The file is damaged or holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise UsageError(f"{path} is not a YAML file: {detail}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no settings; a recipe is a list of lines 'key: value'.")
+        raise UsageError(f"{path} holds no settings; write lines 'key: value'.")
     return values
 
 

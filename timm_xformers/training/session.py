@@ -115,14 +115,18 @@ class Session:
         )
 
 
-def open_session(recipe: Recipe) -> Session:
+def open_session(recipe: Recipe, data: Data | None = None) -> Session:
     """Open the data, build the model and join the other processes.
+
+    Args:
+        recipe: The settings.
+        data: Splits to use instead of those that the recipe names.
 
     Raises:
         UserError: Something the user can repair.
     """
     # Before the process group: a stream opened after it would be cut by rank.
-    data = open_data(recipe)
+    data = data or open_data(recipe)
     accelerator = make_accelerator(recipe.mixed_precision)
     if recipe.num_processes not in (None, accelerator.num_processes):
         raise UsageError(
@@ -171,7 +175,7 @@ def _make_trainer(
     model_args.pop("drop_path_rate", None)
     preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
     if not recipe.pretrained:
-        preprocessing = data.normalize_like_this(preprocessing)
+        preprocessing = data.preprocess(preprocessing, recipe.normalize)
     check_input(model, preprocessing.shape)
 
     model.to(accelerator.device)
