@@ -76,7 +76,7 @@ def stop_at(monkeypatch):
     return at
 
 
-@pytest.mark.parametrize("update", [1, 11, 20])
+@pytest.mark.parametrize("update", [1, pytest.param(11, marks=pytest.mark.slow), 20])
 def test_cut_within_an_epoch_goes_on_exactly(tiny, stop_at, tmp_path, update):
     train(tiny(output="whole", **BUSY))  # 17 updates to an epoch
     stop_at(update)

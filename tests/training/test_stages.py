@@ -80,7 +80,9 @@ def test_weights_state_and_schedule_carry_over(tiny):
     assert trainer.updates_per_epoch == session.steps_in(2)
 
 
-@pytest.mark.parametrize("update", [3, 4, 5, 12])
+@pytest.mark.parametrize(
+    "update", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_cut_on_either_side_of_the_change_goes_on_exactly(tiny, monkeypatch, tmp_path, update):
     settings = {**BUSY, **GROWING, "img_size": 16, "checkpoint_minutes": 1e-9}
     train(tiny(output="whole", **settings))  # 4 updates of 256 images, then 8 of 128

@@ -145,7 +145,7 @@ def test_checkpoint_file_of_a_named_model(tiny):
         evaluate(recipe, "test", folder.best / "absent.safetensors")
 
 
-@pytest.mark.parametrize("stopped_in", [1, 3])
+@pytest.mark.parametrize("stopped_in", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_resumed_run_equals_the_undisturbed_one(tiny, interrupt, stopped_in):
     undisturbed, record = train(tiny(output="whole", **BUSY))
     interrupt(stopped_in)
