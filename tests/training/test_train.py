@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from timm_xformers.cli import main
 from timm_xformers.training import train as train_module
 from timm_xformers.training.checkpoint import write_folder
+from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.evaluate import evaluate
 from timm_xformers.training.history import read_history
@@ -243,6 +244,14 @@ def test_number_of_processes_that_was_asked_for_is_held(tiny):
     train(tiny(output="one", epochs=1, num_processes=1))
     with pytest.raises(UsageError, match=r"num_processes=2 was asked for and 1 joined; start"):
         train(tiny(output="two", num_processes=2))
+
+
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_emulated_bf16_is_said(tiny, monkeypatch, capsys, capability, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    train(tiny(output="run", epochs=1, mixed_precision="bf16"))
+    assert ("has no bf16 instructions" in capsys.readouterr().err) == warned
+    assert emulation_note("no", torch.device("cpu")) is None
 
 
 def test_full_disk_leaves_the_previous_folder(tmp_path):

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 
 from timm_xformers.training.errors import UserError
 
-__all__ = ["make_accelerator"]
+__all__ = ["emulation_note", "make_accelerator"]
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
@@ -23,3 +23,15 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         raise UserError("mixed_precision=fp16 needs a GPU, and there is none; use bf16 or no.")
     # Without a GPU, accelerate joins several processes only if it is told to stay on the CPU.
     return Accelerator(cpu=not found, mixed_precision=mixed_precision)
+
+
+def emulation_note(mixed_precision: str, device: torch.device) -> str | None:
+    """What to know before computing in bf16 on a processor that has no instructions for it."""
+    if mixed_precision != "bf16" or device.type != "cpu":
+        return None
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return None
+    return (
+        "This processor has no bf16 instructions: convolutions and products in bf16 are emulated, "
+        "many times slower than mixed_precision=no."
+    )

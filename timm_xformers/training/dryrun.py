@@ -6,6 +6,7 @@ import time
 import torch
 import yaml
 
+from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.metrics import evaluate_model
 from timm_xformers.training.recipe import Recipe
@@ -52,6 +53,8 @@ def dry_run(recipe: Recipe) -> str:
             f"({stage.batch_size * processes / step:.0f} images/s), {_clock(seconds)} with "
             "validation"
         )
+    note = emulation_note(recipe.mixed_precision, session.accelerator.device)
+    lines += [note] if note else []
     lines.append(f"about {_clock(total)} in all, from {MEASURED_STEPS} measured steps a stage")
     text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
     return text + "".join(f"# {line}\n" for line in lines).rstrip("\n")

@@ -23,6 +23,7 @@ from timm_xformers.training.checkpoint import (
 from timm_xformers.training.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.training.curves import plot_curves
 from timm_xformers.training.data import Batches
+from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.folder import RunFolder, create_run_folder, open_run_folder
 from timm_xformers.training.history import EpochRow, write_history
@@ -91,9 +92,10 @@ def resume(root: Path, **changes: Any) -> tuple[RunFolder, Record]:
     progression, notes = checkpoint.progression, [f"Going on {checkpoint.progression.place}."]
     if checkpoint.damaged:
         notes.insert(0, f"Damaged, hence not used: {checkpoint.damaged}.")
-        if session.accelerator.is_main_process:  # or the next save would keep it as the older one
-            shutil.rmtree(folder.last, ignore_errors=True)
-    damage = _recover_best(session, folder, progression)
+    damage = _recover_best(session, folder, progression)  # all processes have read by now
+    if checkpoint.damaged and session.accelerator.is_main_process:
+        # Or the next save would keep it as the older one.
+        shutil.rmtree(folder.last, ignore_errors=True)
     if damage:
         notes.append(f"{folder.best} is damaged ({damage}); a later epoch will replace it.")
         progression = dataclasses.replace(progression, **NO_BEST)
@@ -165,8 +167,10 @@ class _Run:
                 say=progress.say,
             ) as trackers,
         ):
-            for line in (headline(session, folder.root), *notes):
-                progress.say(line)
+            warning = emulation_note(recipe.mixed_precision, accelerator.device)
+            for line in (headline(session, folder.root), *notes, warning):
+                if line is not None:
+                    progress.say(line)
             for name in session.data.skipped:
                 progress.say(f"left out, cannot be read: {name}")
             try:
