@@ -1,15 +1,18 @@
-"""Two processes against one with the same global batch, through a real launcher."""
+"""Two processes, on one machine or two, against one with the same global batch."""
 
 import csv
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from timm_xformers.training.checkpoint import open_last
 from timm_xformers.training.history import read_history
@@ -39,17 +42,47 @@ def launch(processes, *arguments):
     return [*launcher, *COMMON, *arguments]
 
 
+def launch_on_machines(machines, *arguments):
+    """The commands of so many machines with a process each, as loopback stands in for a network."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1"]
+    launcher += [f"--nnodes={machines}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [[*launcher, f"--node_rank={rank}", *COMMON, *arguments] for rank in range(machines)]
+
+
+def run_all(commands, folder):
+    """Run commands side by side; what they said, together."""
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=ENV,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    said = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(commands), said
+    return tuple("".join(texts) for texts in zip(*said, strict=True))
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path):
-    for processes, batch_size in ((1, 64), (2, 32)):
-        # Mixup pairs the images of a process's own batch, so two processes mix others.
-        sizes = (f"--batch-size={batch_size}", "--epochs=3", "--set=mixup=0")
-        command = launch(processes, *sizes, f"--output=run{processes}")
-        result = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_processes_learn_what_one_learns(tmp_path, machines):
+    # Mixup pairs the images of a process's own batch, so two processes mix others.
+    common = ("--epochs=3", "--set=mixup=0")
+    alone = launch(1, *common, "--batch-size=64", "--output=run1")
+    shared = (*common, "--batch-size=32", "--num-processes=2", "--output=run2")
+    together = [launch(2, *shared)] if machines == 1 else launch_on_machines(2, *shared)
+    for commands in ([alone], together):
+        stdout, stderr = run_all(commands, tmp_path)
         # Only one process speaks.
-        assert result.stderr.count("epoch 3/3") == 1
-        assert result.stdout.count("Results are in") == 1
+        assert stderr.count("epoch 3/3") == 1
+        assert stdout.count("Results are in") == 1
 
     one, two = (read_history(tmp_path / f"run{n}" / "results.csv") for n in (1, 2))
     for left, right in zip(one, two, strict=True):
@@ -70,6 +103,31 @@ def test_two_processes_learn_what_one_learns(tmp_path):
             Record.load(tmp_path / name / "results.json").test_top1_percent, abs=1e-3
         )
     assert records[0].test_loss == pytest.approx(records[1].test_loss, abs=2e-4)
+    weights = [
+        load_file(tmp_path / name / "last" / "model.safetensors") for name in ("run1", "run2")
+    ]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_random_features_are_the_same_on_all_processes(tmp_path):
+    script = tmp_path / "features.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from accelerate.utils import gather_object\n"
+        "from timm_xformers.training.recipe import Recipe\n"
+        "from timm_xformers.training.session import open_session\n"
+        "torch.manual_seed(int(__import__('os').environ['RANK']))\n"
+        "session = open_session(Recipe(model='ccp_2_3x2_32', trackers=[]))\n"
+        "found = [b for n, b in session.trainer.model.named_buffers() if 'features' in n]\n"
+        "both = gather_object([[b.tolist() for b in found]])\n"
+        "assert found and both[0] == both[1]\n"
+        "print('same', len(found))\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    stdout, _ = run_all([[*launcher, "--nproc_per_node=2", str(script)]], tmp_path)
+    assert stdout.count("same 2") == 2
 
 
 @pytest.mark.slow

@@ -264,5 +264,7 @@ class ConvTokenizer(GridEmbed):
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to (B, embed_dim, rows, columns)."""
         for conv in self.convs:
-            x = self.pool(self.act(conv(x)))
+            # The paper's order is ReLU, then pooling. A maximum and ReLU commute, in values and in
+            # gradients, and this way round ReLU has a quarter of the work.
+            x = self.act(self.pool(conv(x)))
         return x

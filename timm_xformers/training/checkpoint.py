@@ -187,6 +187,7 @@ def _export(
         **dict.fromkeys(PUBLISHED_ONLY),
     )
     exported.pretrained_cfg = config
+    packing = model.register_state_dict_post_hook(_pack)
     try:
         save_for_hf(
             model,
@@ -196,4 +197,11 @@ def _export(
             safe_serialization=True,
         )
     finally:
+        packing.remove()
         exported.pretrained_cfg = before
+
+
+def _pack(model: nn.Module, weights: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
+    """Give weights their plain order in memory: safetensors takes no filters in channels_last."""
+    for name, value in weights.items():
+        weights[name] = value.contiguous()

@@ -35,10 +35,11 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="any other setting of the recipe, as YAML; may be repeated",
+        help="any other settings of the recipe, as YAML; may be repeated",
     )
 
 
