@@ -91,6 +91,24 @@ def test_cut_within_an_epoch_goes_on_exactly(tiny, stop_at, tmp_path, update):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_filters_in_channels_last_and_muon_go_on_exactly(tiny, stop_at, tmp_path):
+    settings = {
+        **BUSY,
+        "epochs": 1,
+        "model": "ccp_2_3x2_32",
+        "model_kwargs": {"embed_dim": 32},
+        "opt": "muon",
+        "channels_last": True,
+    }
+    train(tiny(output="whole", **settings))
+    stop_at(5)
+    with pytest.raises(Stopped):
+        train(tiny(output="cut", **settings))
+    stop_at(-1)
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_cut_at_every_update_goes_on_exactly(tiny, stop_at, tmp_path):
     settings = {**BUSY, "epochs": 1, "batch_size": 128}
     train(tiny(output="whole", **settings))

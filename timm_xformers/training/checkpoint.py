@@ -187,7 +187,7 @@ def _export(
         **dict.fromkeys(PUBLISHED_ONLY),
     )
     exported.pretrained_cfg = config
-    packing = model.register_state_dict_post_hook(_pack)
+    packing = exported.register_state_dict_post_hook(_pack)
     try:
         save_for_hf(
             model,

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 
 from timm_xformers.training.errors import UserError
 
-__all__ = ["emulation_note", "make_accelerator"]
+__all__ = ["emulates_bf16", "emulation_note", "make_accelerator"]
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
@@ -25,11 +25,14 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     return Accelerator(cpu=not found, mixed_precision=mixed_precision)
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether computing in bf16 is many times slower than in float32 there."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def emulation_note(mixed_precision: str, device: torch.device) -> str | None:
     """What to know before computing in bf16 on a processor that has no instructions for it."""
-    if mixed_precision != "bf16" or device.type != "cpu":
-        return None
-    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+    if mixed_precision != "bf16" or not emulates_bf16(device):
         return None
     return (
         "This processor has no bf16 instructions: convolutions and products in bf16 are emulated, "

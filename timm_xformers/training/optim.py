@@ -1,8 +1,11 @@
 """What updates the weights: timm's optimisers, schedules, losses, mixing and averaged weights."""
 
+import functools
 from typing import Any
 
 import timm.optim
+import timm.optim.muon
+import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -12,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from timm_xformers.training.devices import emulates_bf16
 from timm_xformers.training.errors import UsageError, nearest
 from timm_xformers.training.recipe import Recipe
 
@@ -36,7 +40,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     layer_decay = recipe.layer_decay if recipe.layer_decay < 1 else None
     options: dict[str, Any] = dict(recipe.opt_kwargs)
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=recipe.opt,
             lr=recipe.lr,
@@ -46,6 +50,23 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
         )
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise UsageError(f"opt={recipe.opt} with opt_kwargs={options}: {error}") from error
+    if isinstance(optimizer, timm.optim.Muon):
+        _orthogonalise_in(
+            torch.float32 if emulates_bf16(next(model.parameters()).device) else torch.bfloat16
+        )
+    return optimizer
+
+
+def _orthogonalise_in(dtype: torch.dtype) -> None:
+    """Set what timm's Muon computes its Newton-Schulz iteration in, for this process.
+
+    That is bfloat16, whatever the device, and no argument changes it. Where bfloat16 is emulated,
+    these small products would take as long as the rest of the step; in float32, a fiftieth.
+    """
+    timm.optim.muon.zeropower_via_newtonschulz = functools.partial(_NEWTON_SCHULZ, dtype=dtype)
+
+
+_NEWTON_SCHULZ = timm.optim.muon.zeropower_via_newtonschulz
 
 
 def renew_optimizer(
