@@ -108,13 +108,19 @@ def wait(child: int, seconds: float) -> int | None:
 def trial(recipe: Recipe, root: Path, rng: random.Random, seconds: float) -> tuple[bool, int]:
     """Kill and continue until the run is done.
 
+    Args:
+        recipe: What to train.
+        root: Where to.
+        rng: Draws the moments.
+        seconds: What the run takes when nobody disturbs it.
+
     Returns:
         Whether it ever failed to go on, and how often it was killed.
     """
     kills = 0
     while True:
-        # At first often before it is done; later it gets the time it needs.
-        patience = rng.uniform(0, seconds) if kills < 6 else 60.0
+        # Mostly before it is done; after six times it gets what it needs.
+        patience = rng.uniform(0, 0.8 * seconds) if kills < 6 else 120.0
         code = wait(start(recipe, root, rng.choice(PACES)), patience)
         if code is None:
             kills += 1
@@ -138,21 +144,28 @@ def main(trials: int, seed: int = 0) -> int:
     torch.set_num_threads(1)
     rng = random.Random(seed)
     lost = unlike = kills = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         write_images(folder / "images")
         contenders = []
         for way, recipe in (
             ("memory", RUN),
             ("files", replace(FROM_FILES, data_dir=str(folder / "images"))),
         ):
-            begin = time.monotonic()
-            assert wait(start(recipe, folder / way, 0.0), 120) == 0, way
-            contenders.append((recipe, folder / way, time.monotonic() - begin))
+            times = []  # the quickest counts, since others may be at work
+            for name in (
+                way,
+                f"{way}-again",
+                f"{way}-third",
+            ):
+                begin = time.monotonic()
+                assert wait(start(recipe, folder / name, 0.0), 120) == 0, name
+                times.append(time.monotonic() - begin)
+            contenders.append((recipe, folder / way, min(times)))
         for number in range(trials):
             recipe, whole, seconds = contenders[number % 4 == 3]
             root = folder / f"run{number}"
-            failed, killed = trial(recipe, root, rng, 1.2 * seconds)
+            failed, killed = trial(recipe, root, rng, seconds)
             kills += killed
             if failed:
                 lost += 1

@@ -144,6 +144,20 @@ def test_seed_commit_place_and_time_do_not_make_a_group():
     assert group.mean("seconds") == 5.5
 
 
+def test_labels_say_what_differs_between_recipes():
+    recipes = [{"opt": opt, "lr": 1.0, "seed": seed} for seed, opt in enumerate(("adamw", "muon"))]
+    found = [
+        Run(str(number), record(recipe_hash=str(number)), (), recipe)
+        for number, recipe in enumerate(recipes)
+    ]
+    assert [group.label for group in group_runs(found)] == ["m, opt=adamw", "m, opt=muon"]
+    unknown = [found[0], dataclasses.replace(found[1], settings={})]
+    assert [group.label for group in group_runs(unknown)] == [
+        "m, recipe_hash=0",
+        "m, recipe_hash=1",
+    ]
+
+
 def test_labels_say_what_sets_namesakes_apart():
     groups = group_runs(
         runs(

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from timm_xformers.training.recipe import NO_INFLUENCE
 from timm_xformers.training.results import Record
 from timm_xformers.training.runs import Run
 
@@ -32,7 +33,8 @@ SAME = (
     "val_images",
     "test_images",
 )
-# Said of a model, in this order, until no other on the same data is called the same.
+# Said of a model, in this order, until no other on the same data is called the same: fields of the
+# record, then what differs between the recipes, then the rest.
 TELLING = (
     "model_kwargs",
     "img_size",
@@ -41,9 +43,8 @@ TELLING = (
     "mixed_precision",
     "num_processes",
     "kind",
-    "recipe_hash",
-    *SAME,
 )
+TELLING_LAST = ("recipe_hash", *SAME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for name in dict.fromkeys(named):
         namesakes = [index for index, other in enumerate(named) if other == name]
         for index, words in zip(
-            namesakes, _tell_apart([found[i][0].record for i in namesakes]), strict=True
+            namesakes, _tell_apart([found[i][0] for i in namesakes]), strict=True
         ):
             labels[index] += words
     return [Group(label, tuple(group)) for label, group in zip(labels, found, strict=True)]
@@ -180,16 +181,35 @@ def _run_key(run: Run) -> tuple[str, bool, int, str, str]:
     return _identity(record), record.seed is None, record.seed or 0, record.created, run.source
 
 
-def _tell_apart(records: list[Record]) -> list[str]:
+def _tell_apart(runs: list[Run]) -> list[str]:
     """Words to put behind one model's name so that all of them differ."""
-    words = [""] * len(records)
-    for field in TELLING:
-        if len(set(words)) == len(records):
+    of_records = {
+        name: [plain(getattr(run.record, name)) for run in runs]
+        for name in (*TELLING, *TELLING_LAST)
+    }
+    of_recipes = _differing_settings(runs)
+    words = [""] * len(runs)
+    for name in (*TELLING, *of_recipes, *TELLING_LAST):
+        if len(set(words)) == len(runs):
             break
-        values = [plain(getattr(record, field)) for record in records]
+        values = of_recipes.get(name) or of_records[name]
         if len(set(values)) == 1:
             continue
         for index, value in enumerate(values):
-            text = value if field == "model_kwargs" else f"{field}={value[:8]}"
+            shown = value[:8] if name == "recipe_hash" else value
+            text = shown if name == "model_kwargs" else f"{name}={shown}"
             words[index] += f", {text}" if value else ""
     return words
+
+
+def _differing_settings(runs: list[Run]) -> dict[str, list[str]]:
+    """Settings that shape a result and are not equal, with each run's; none if a recipe is lacking.
+
+    Settings that set off most runs from each other come first.
+    """
+    known = [name for name in runs[0].settings if name not in (*NO_INFLUENCE, *SAME)]
+    if not all(run.settings for run in runs):
+        return {}
+    values = {name: [plain(run.settings.get(name)) for run in runs] for name in known}
+    differing = {name: texts for name, texts in values.items() if len(set(texts)) > 1}
+    return dict(sorted(differing.items(), key=lambda entry: -len(set(entry[1]))))

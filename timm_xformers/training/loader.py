@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_xformers.training.errors import UserError
-from timm_xformers.training.order import derive_seed, seed_everything
+from timm_xformers.training.order import derive_seed, seed_host
 from timm_xformers.training.rawsplit import RawSplit
 
 __all__ = ["LoaderBatches"]
@@ -32,7 +32,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
         epoch, position = key
         # Without workers this runs in the training process, whose generators must not notice.
         state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        seed_everything(derive_seed(self.seed, "image", epoch, position))
+        seed_host(derive_seed(self.seed, "image", epoch, position))
         try:
             image = self.transform(self.split.image(position))
         finally:

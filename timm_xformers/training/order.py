@@ -19,6 +19,7 @@ __all__ = [
     "eval_batches",
     "num_train_batches",
     "seed_everything",
+    "seed_host",
     "stratified_split",
     "train_batches",
 ]
@@ -32,10 +33,19 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the three generators that timm and torch draw from."""
+    """Seed all generators that timm and torch draw from, those of devices too."""
+    seed_host(seed)
+    torch.manual_seed(seed)
+
+
+def seed_host(seed: int) -> None:
+    """Seed the three generators that decoding and transforms draw from.
+
+    Once per image, `torch.manual_seed` would be dear: it leaves word for devices not yet in use.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # timm's Mixup and RandAugment use numpy's global generator
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def num_train_batches(num_samples: int, batch_size: int, world_size: int) -> int:

@@ -21,6 +21,7 @@ from timm_xformers.training.atomic import write_text
 from timm_xformers.training.errors import UsageError, nearest
 
 __all__ = [
+    "NO_INFLUENCE",
     "Recipe",
     "find_settings",
     "load_recipe",

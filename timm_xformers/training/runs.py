@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from timm_xformers.training.folder import RunFolder
 from timm_xformers.training.history import EpochRow, read_history
 from timm_xformers.training.results import Record
@@ -29,11 +31,13 @@ class Run:
         source: Where it was found; lines of a file are counted from 1.
         record: Its figures.
         rows: Its epochs; empty if they are not known.
+        settings: Its recipe, as far as it can be read; empty if it is not known.
     """
 
     source: str
     record: Record
     rows: tuple[EpochRow, ...] = ()
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +143,15 @@ def _run(root: Path) -> Run | Skipped:
     except (OSError, ValueError) as error:
         return Skipped(str(root), f"{folder.record.name} is damaged ({_words(error)})")
     # The figures do not need the curve.
-    return Run(str(root), record, () if problem else tuple(rows))
+    return Run(str(root), record, () if problem else tuple(rows), _settings(folder.recipe))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _records(path: Path, *, asked_for: bool) -> Iterator[Run | Skipped]:
