@@ -186,7 +186,7 @@ def test_every_round_runs_every_side_and_the_first_epoch_is_left_out(comparison,
     assert case["timm"]["images_per_s"] == 32.0
     assert case["ratios"] == [4.0, 4.0]
     assert (result["commit"], result["seed"]) == ("c0ffee", 0)
-    assert "| loader | `test_vit` | 128 | 32 | default | 4.00 | 4.00 to 4.00 of 2 |" in text
+    assert "| loader | `vix_mnist_nano` | 128 | 32 | default | 4.00 | 4.00 to 4.00 of 2 |" in text
     assert "a processor" in text
     assert all(CASES[name].words in text for name in ("memory", "loader"))
     assert len(list((tmp_path / "out" / "logs").iterdir())) == 12

@@ -64,30 +64,33 @@ CASES = {
         {"patch_size": 4},
     ),
     "loader": Case(
-        "A model of 4 patches that computes next to nothing; files and transforms as in `compute`, "
-        "so that the two loaders are compared.",
-        "test_vit",
+        "A model of some 3,000 parameters on 16 patches; files and transforms as in `compute`, so "
+        "that the two loaders are compared.",
+        "vix_mnist_nano",
         60,
         OURS_LIKE_TIMM,
         TIMM_DEFAULT,
+        {"patch_size": 8},
     ),
     "memory": Case(
         "The model of `loader`. Not the same work: ours decodes once before the first epoch, then "
         "flips and shifts by up to 4 pixels in batches, in the training process; timm decodes "
         "every image in every epoch and applies its default transforms, as in `compute`.",
-        "test_vit",
+        "vix_mnist_nano",
         60,
         FLIP_AND_SHIFT,
         TIMM_DEFAULT,
+        {"patch_size": 8},
     ),
     "memory_equal": Case(
         "The model of `loader`, with transforms as equal as the options allow: ours as in "
         "`memory`; timm decodes in every epoch and flips, without crop, resampling and jitter. It "
         "has no shift by whole pixels, so that its transforms do a little less than ours.",
-        "test_vit",
+        "vix_mnist_nano",
         60,
         FLIP_AND_SHIFT,
         TIMM_FLIP,
+        {"patch_size": 8},
     ),
 }
 
