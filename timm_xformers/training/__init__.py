@@ -13,4 +13,5 @@ as ours. The modules, from the outside in:
 * `checkpoint`, `results`, `history`, `curves`, `confusion`, `progress`, `trackers`: what a run
   leaves behind.
 * `runs`, `groups`, `report`, `report_plots`: finished runs side by side.
+* `throughput`, `throughput_cases`, `throughput_report`: images per second beside timm's train.py.
 """
