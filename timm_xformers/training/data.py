@@ -9,6 +9,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.models import get_pretrained_cfg
 from torch import Tensor
+from torchvision.transforms import Compose, RandomErasing
 
 from timm_xformers.training.augment import Augmentation
 from timm_xformers.training.errors import UsageError, UserError
@@ -229,13 +230,21 @@ def make_batches(
             hflip=recipe.hflip,
             color_jitter=jitter,
             auto_augment=recipe.auto_augment,
-            re_prob=recipe.re_prob,
             interpolation=preprocessing.interpolation,
             mean=preprocessing.mean,
-            std=preprocessing.std,
+            normalize=False,
         )
+        if recipe.re_prob:  # timm's own erasing is for normalised images, and these are not yet
+            mean = [255 * value for value in preprocessing.mean]
+            transform = Compose([transform, RandomErasing(recipe.re_prob, value=mean)])
     return LoaderBatches(
-        split, transform, device=device, num_workers=recipe.num_workers, seed=recipe.seed
+        split,
+        transform,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        device=device,
+        num_workers=recipe.num_workers,
+        seed=recipe.seed,
     )
 
 

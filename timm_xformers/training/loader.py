@@ -4,6 +4,7 @@ Every image draws its augmentation from (seed, epoch, position), so that neither
 workers nor the point at which an epoch is entered changes what a sample looks like.
 """
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.order import derive_seed, seed_host
@@ -30,16 +31,24 @@ class _Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, position = key
-        # Without workers this runs in the training process, whose generators must not notice.
-        state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        seed_host(derive_seed(self.seed, "image", epoch, position))
-        try:
+        seed = derive_seed(self.seed, "image", epoch, position)
+        # Without workers this is the training process, whose generators must not notice.
+        with contextlib.nullcontext() if get_worker_info() else _own_generators():
+            seed_host(seed)
             image = self.transform(self.split.image(position))
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
-            torch.set_rng_state(state[2])
         return image, int(self.split.labels[position])
+
+
+@contextlib.contextmanager
+def _own_generators() -> Iterator[None]:
+    """Put the generators of this process back where they were."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
 
 
 class _Plan:
@@ -60,7 +69,10 @@ class LoaderBatches:
 
     Args:
         split: Images and labels.
-        transform: From a PIL image to a normalised tensor (C, H, W).
+        transform: From a PIL image to uint8 (C, H, W), a quarter of what floats would take between
+            processes.
+        mean: Per channel, of images in [0, 1].
+        std: Per channel, of images in [0, 1].
         device: Where the batches are delivered.
         num_workers: Decoding processes; 0 decodes in this one.
         seed: Seed of the run, for the augmentation.
@@ -71,11 +83,15 @@ class LoaderBatches:
         split: RawSplit,
         transform: Callable[[Any], Tensor],
         *,
+        mean: Sequence[float],
+        std: Sequence[float],
         device: torch.device,
         num_workers: int,
         seed: int = 0,
     ) -> None:
         self.device = device
+        self.mean = 255 * torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(-1, 1, 1)
         self.num_samples = len(split)
         self.plan = _Plan()
         self.loader = DataLoader(
@@ -94,8 +110,9 @@ class LoaderBatches:
         self.plan.batches = [[(epoch, int(i)) for i in positions] for positions in order]
         try:
             for images, labels in self.loader:
+                pixels = images.to(self.device, non_blocking=True).float()
                 yield (
-                    images.to(self.device, non_blocking=True),
+                    pixels.sub_(self.mean).div_(self.std),
                     labels.to(self.device, non_blocking=True),
                 )
         except UserError as error:

@@ -75,7 +75,7 @@ class _Pixels(Dataset[Any]):
         size = (preprocessing.img_size, preprocessing.img_size)
         self.split = split
         self.fits = size if preprocessing.crop_pct == 1.0 else None
-        self.transform = preprocessing.transform(normalize=False)
+        self.transform = preprocessing.transform()
 
     def __len__(self) -> int:
         return len(self.split)

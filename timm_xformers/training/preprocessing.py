@@ -58,15 +58,13 @@ class Preprocessing:
         """Shape (C, H, W) of one input."""
         return self.in_chans, self.img_size, self.img_size
 
-    def transform(self, *, normalize: bool = True) -> Callable[[Any], Tensor]:
-        """The evaluation transform: PIL image to (C, H, W), uint8 unless normalised."""
+    def transform(self) -> Callable[[Any], Tensor]:
+        """The evaluation transform: PIL image to uint8 (C, H, W), not yet normalised."""
         transform: Callable[[Any], Tensor] = create_transform(
             self.shape,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            normalize=normalize,
+            normalize=False,
         )
         return transform
 
