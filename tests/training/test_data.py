@@ -302,7 +302,7 @@ def test_labels_that_are_no_numbers_are_shown(labels):
         ({"data": "folder", "data_dir": "."}, UserError, "Found 0 images"),
         ({"data": "torch/mnist", "data_dir": "nowhere"}, UserError, "does not exist"),
         ({"data": "torch/mist", "data_dir": "."}, UserError, "Unknown torchvision dataset mist"),
-        ({"data": "wds/x", "data_dir": "."}, UserError, "webdataset|not found"),
+        ({"data": "wds/x", "data_dir": "."}, UserError, "No training shards"),
         ({"test_split": "train"}, UsageError, "splits of digits are fixed"),
         ({"num_classes": 5}, UserError, "Label 9 is out of range: 5 classes"),
         ({"in_chans": 2}, UsageError, "1 .grey. or 3 .RGB."),

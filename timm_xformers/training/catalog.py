@@ -232,6 +232,8 @@ def measure(
 ) -> Model:
     """Run a model from `build_empty` once in training mode, on tensors without values.
 
+    Models of timm have no name for their attention, and those without patches no tokens.
+
     Args:
         name: What to call it.
         model: The model.
@@ -260,11 +262,12 @@ def measure(
                 f"{name} does not take {batch_size} images of {side} pixels; use other sizes."
             ) from error
     prefix: int = getattr(model, "num_prefix_tokens", 0)
+    patches: int = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
     return Model(
         name=name,
-        attention=model.attn_layer,
+        attention=getattr(model, "attn_layer", ""),
         img_size=side,
-        tokens=model.patch_embed.num_patches + prefix,
+        tokens=patches + prefix,
         params=count_params(model),
         gmacs=counter.get_total_flops() / (2e9 * batch_size),
         batch_size=batch_size,

@@ -13,7 +13,7 @@ from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.session import Session, open_session
 from timm_xformers.training.stages import Stage
 
-__all__ = ["dry_run"]
+__all__ = ["dry_run", "measure_steps"]
 
 # The first steps allocate and, perhaps, compile.
 WARM_UP_STEPS, MEASURED_STEPS = 2, 6
@@ -42,7 +42,7 @@ def dry_run(recipe: Recipe) -> str:
         if number + 1 < len(session.stages):
             last = session.stages[number + 1].epoch - 1
         session.enter(stage.epoch)
-        step, evaluation = _measure(session, stage)
+        step, evaluation = measure_steps(session, stage)
         steps = session.steps_in(stage.epoch)
         seconds = (last - stage.epoch + 1) * (steps * step + evaluation)
         total += seconds
@@ -60,8 +60,13 @@ def dry_run(recipe: Recipe) -> str:
     return text + "".join(f"# {line}\n" for line in lines).rstrip("\n")
 
 
-def _measure(session: Session, stage: Stage) -> tuple[float, float]:
-    """Seconds of a training step, and of a validation pass over all validation images."""
+def measure_steps(session: Session, stage: Stage) -> tuple[float, float]:
+    """Seconds of a training step, and of a validation pass over all validation images.
+
+    Args:
+        session: A session that has entered the stage.
+        stage: The stage.
+    """
     batch = stage.batch_size * session.accelerator.num_processes
     for steps in (WARM_UP_STEPS, MEASURED_STEPS):
         chosen = torch.arange(steps * batch) % len(session.data.train)

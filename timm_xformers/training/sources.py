@@ -27,6 +27,7 @@ from timm_xformers.training.rawsplit import (
     raw_split,
 )
 from timm_xformers.training.recipe import Recipe
+from timm_xformers.training.shards import find_shards, open_shards
 
 __all__ = ["KNOWN_SETS", "KnownSet", "Source", "open_source"]
 
@@ -96,7 +97,9 @@ def open_source(recipe: Recipe) -> Source:
     if known is not None:
         return _scheme(_locate_known(recipe, known), recipe, mode)
     prefix, slash, _ = name.partition("/")
-    if slash and prefix.lower() in ("torch", "hfds", "hfids", "wds", "tfds"):
+    if slash and prefix.lower() == "wds":
+        return _shards(recipe, mode)
+    if slash and prefix.lower() in ("torch", "hfds", "hfids", "tfds"):
         return _scheme(name, recipe, mode)
     names = [*KNOWN_SETS, "folder"]
     raise UsageError(
@@ -206,6 +209,39 @@ def _refuse_empty_classes(root: Path, known: Collection[str]) -> None:
         )
 
 
+def _shards(recipe: Recipe, mode: str) -> Source:
+    """Webdataset shards, which are read by position and not by timm's streams."""
+    if recipe.data_dir is None:
+        raise UserError(f"{recipe.data} needs --data-dir: the folder that holds the shards.")
+    root = Path(recipe.data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root} is no folder; name one that holds shards.")
+
+    def find(wanted: str | None, usual: tuple[str, ...]) -> Any:
+        for split in [wanted] if wanted else usual:
+            if paths := find_shards(root, split):
+                return open_shards(root, split, paths)
+        if wanted:
+            raise UserError(f"{root} has no shards of {wanted!r}; correct the name of the split.")
+        return None
+
+    train = find(recipe.train_split, TRAIN_NAMES)
+    if train is None:
+        raise UserError(
+            f"No training shards in {root}: there is no _info.json and no NAME-train-NUMBER.tar; "
+            "correct --data-dir, or add --set train_split='NAME-{0000..0099}.tar'."
+        )
+    test, val = find(recipe.test_split, TEST_NAMES), find(recipe.val_split, VAL_NAMES)
+    if test is None and recipe.val_split is None:
+        val, test = None, val
+    return Source(
+        raw_split(train, mode),
+        None if val is None else raw_split(val, mode),
+        None if test is None else raw_split(test, mode),
+        class_names(train),
+    )
+
+
 def _scheme(name: str, recipe: Recipe, mode: str) -> Source:
     prefix = name.partition("/")[0].lower()
     if prefix in ("hfds", "hfids"):
@@ -213,7 +249,7 @@ def _scheme(name: str, recipe: Recipe, mode: str) -> Source:
         _quiet_datasets()
     # hfds takes a cache folder where the others take the data, so a path belongs in its name.
     root = None if name.startswith("hfds//") else recipe.data_dir
-    if prefix in ("torch", "wds", "tfds"):
+    if prefix in ("torch", "tfds"):
         if root is None:
             raise UserError(f"{name} needs --data-dir: the folder that holds or receives it.")
         if not recipe.download and not Path(root).exists():
