@@ -2,8 +2,8 @@
 
 Measures images per second of whole epochs after the first, in pairs of processes with the same
 model, batch, threads, workers and image files, in shuffled order over several rounds. The cases
-are described in timm_xformers/training/throughput_cases.py: the same work limited by computing and
-by loading, and small data held in memory against timm's loader. train.py stays unmodified and runs
+(timm_xformers/training/planning/throughput_cases.py): the same work limited by computing and by
+loading, and small data held in memory against timm's loader. train.py stays unmodified and runs
 in the faster of its two loader settings. Nothing else should run on the machine.
 
     python train_scripts/compare_throughput.py --train-py pytorch-image-models/train.py \
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_xformers.training.errors import UserError, require_extra
-from timm_xformers.training.throughput_cases import CASES
+from timm_xformers.training.planning.throughput_cases import CASES
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         require_extra("train", "accelerate", "matplotlib", "tqdm")
-        from timm_xformers.training.throughput import Comparison
+        from timm_xformers.training.planning.throughput import Comparison
 
         print(Comparison(**vars(args)).run().read_text(encoding="utf-8"), end="")
     except UserError as error:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from timm_xformers.training.augment import Augmentation, EpochAugmentation
+from timm_xformers.training.images.augment import Augmentation, EpochAugmentation
 
 SHAPE = (64, 3, 8, 10)
 

@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from timm_xformers.cli import main
 from timm_xformers.training.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.training.devices import make_accelerator
-from timm_xformers.training.memory import MemoryBatches
+from timm_xformers.training.images.memory import MemoryBatches
 from timm_xformers.training.metrics import evaluate_model
 from timm_xformers.training.results import wilson_interval
 from timm_xformers.training.train import train

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_xformers.training.data import make_batches, open_data
 from timm_xformers.training.errors import UsageError, UserError
+from timm_xformers.training.images.data import make_batches, open_data
+from timm_xformers.training.images.preprocessing import Preprocessing
+from timm_xformers.training.images.rawsplit import PilImages, raw_split
 from timm_xformers.training.order import eval_batches
-from timm_xformers.training.preprocessing import Preprocessing
-from timm_xformers.training.rawsplit import PilImages, raw_split
 from timm_xformers.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -262,7 +262,7 @@ def test_download_is_asked_of_torchvision(tmp_path, monkeypatch):
         asked.append((name, kwargs["split"], kwargs["download"]))
         raise RuntimeError("no network here")
 
-    monkeypatch.setattr("timm_xformers.training.sources.create_dataset", fake)
+    monkeypatch.setattr("timm_xformers.training.images.sources.create_dataset", fake)
     with pytest.raises(UserError, match="no network here"):
         open_data(Recipe(data="cifar10", data_dir=str(tmp_path / "new"), download=True))
     assert asked[0] == ("torch/cifar10", "train", True)
@@ -278,7 +278,7 @@ def test_streams_are_read_into_memory(monkeypatch):
             raise ValueError(f"Unknown split {split}")
         return Stream()
 
-    monkeypatch.setattr("timm_xformers.training.sources.create_dataset", fake)
+    monkeypatch.setattr("timm_xformers.training.images.sources.create_dataset", fake)
     data = open_data(Recipe(data="hfids/some", val_fraction=0.1))
     assert [len(data.train), len(data.val)] == [18, 2]
     assert data.train.image(0).getpixel((0, 0))[0] == int(data.train.rows[0])

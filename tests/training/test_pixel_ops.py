@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from timm_xformers.training.pixel_ops import OPS
+from timm_xformers.training.images.pixel_ops import OPS
 
 NEAREST = InterpolationMode.NEAREST
 

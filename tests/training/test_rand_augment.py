@@ -7,7 +7,13 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.functional import InterpolationMode
 
 from timm_xformers.training.errors import UsageError
-from timm_xformers.training.rand_augment import NAMES, SIGNED, EpochPolicy, _space, check_policy
+from timm_xformers.training.images.rand_augment import (
+    NAMES,
+    SIGNED,
+    EpochPolicy,
+    _space,
+    check_policy,
+)
 
 POLICIES = ["trivial", "n2-m9", "n1-m30", "autoaugment-cifar10", "autoaugment-imagenet"]
 IMAGES = torch.randint(

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_xformers.training import memory, readable
-from timm_xformers.training.data import make_batches, open_data
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.evaluate import evaluate
-from timm_xformers.training.memory import decode
+from timm_xformers.training.images import memory, readable
+from timm_xformers.training.images.data import make_batches, open_data
+from timm_xformers.training.images.memory import decode
+from timm_xformers.training.images.preprocessing import Preprocessing
+from timm_xformers.training.images.sources import open_source
 from timm_xformers.training.order import eval_batches
-from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.sources import open_source
 from timm_xformers.training.train import train
 
 SQUARES = Preprocessing(img_size=16, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3)

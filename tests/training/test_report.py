@@ -11,13 +11,13 @@ from matplotlib.text import Text
 from scipy import stats
 
 from timm_xformers.cli import main
-from timm_xformers.training import report as report_module
-from timm_xformers.training.groups import group_runs, sort_groups
+from timm_xformers.training.comparing import report as report_module
+from timm_xformers.training.comparing.groups import group_runs, sort_groups
+from timm_xformers.training.comparing.report import report
+from timm_xformers.training.comparing.runs import Run, find_runs, read_record
 from timm_xformers.training.history import EpochRow, write_history
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.report import report
 from timm_xformers.training.results import Record
-from timm_xformers.training.runs import Run, find_runs, read_record
 
 SHIPPED = Path(__file__).resolve().parents[2] / "train_scripts" / "results"
 BASE = Record(

@@ -13,7 +13,7 @@ import torch
 from timm_xformers.cli import main
 from timm_xformers.training.catalog import saved_bytes
 from timm_xformers.training.errors import UsageError
-from timm_xformers.training.scaling import (
+from timm_xformers.training.planning.scaling import (
     Cluster,
     Costs,
     Job,
@@ -22,7 +22,7 @@ from timm_xformers.training.scaling import (
     plan,
     render,
 )
-from timm_xformers.training.scaling_check import Prediction, render_check
+from timm_xformers.training.planning.scaling_check import Prediction, render_check
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "train_scripts"
 # 1e9 parameters' worth of nothing: numbers that are easy to follow.

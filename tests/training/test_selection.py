@@ -8,16 +8,21 @@ import re
 import pytest
 import torch
 
-from timm_xformers.training import search as search_module
-from timm_xformers.training.data import open_data
 from timm_xformers.training.errors import UsageError, UserError
-from timm_xformers.training.folds import FoldResult, open_fold, open_folds
-from timm_xformers.training.ranking import best_of, plot_selection, summarize, write_markdown
+from timm_xformers.training.images.data import open_data
 from timm_xformers.training.recipe import Recipe, load_recipe
 from timm_xformers.training.results import Record
-from timm_xformers.training.search import Search
-from timm_xformers.training.selection import select
-from timm_xformers.training.space import Space
+from timm_xformers.training.selecting import search as search_module
+from timm_xformers.training.selecting.folds import FoldResult, open_fold, open_folds
+from timm_xformers.training.selecting.ranking import (
+    best_of,
+    plot_selection,
+    summarize,
+    write_markdown,
+)
+from timm_xformers.training.selecting.search import Search
+from timm_xformers.training.selecting.selection import select
+from timm_xformers.training.selecting.space import Space
 
 GRID = Space(grid=[{"lr": [3e-3], "model_kwargs.depth": [1, 2]}], folds=2)
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from timm_xformers.training import shards as shards_module
-from timm_xformers.training.data import open_data
 from timm_xformers.training.errors import UsageError, UserError
+from timm_xformers.training.images import shards as shards_module
+from timm_xformers.training.images.data import open_data
+from timm_xformers.training.images.shard_writer import write_shards
+from timm_xformers.training.images.sources import open_source
 from timm_xformers.training.order import train_batches
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.session import open_session
-from timm_xformers.training.shard_writer import write_shards
-from timm_xformers.training.sources import open_source
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import yaml
 
 from timm_xformers.training.errors import UsageError
 from timm_xformers.training.recipe import Recipe, load_recipe, shipped_spaces
-from timm_xformers.training.space import load_space
+from timm_xformers.training.selecting.space import load_space
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_xformers.training.data import open_data
 from timm_xformers.training.errors import UsageError, UserError
-from timm_xformers.training.rawsplit import PilImages, raw_split
+from timm_xformers.training.images.data import open_data
+from timm_xformers.training.images.rawsplit import PilImages, raw_split
+from timm_xformers.training.images.sources import Source
+from timm_xformers.training.images.subset import limit_images, select_classes
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.sources import Source
-from timm_xformers.training.subset import limit_images, select_classes
 
 
 def split_of(labels, names=()):

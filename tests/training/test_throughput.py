@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_xformers.training import throughput
-from timm_xformers.training.data import refuse_unread
 from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.history import EpochRow, write_history
-from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.results import Record
-from timm_xformers.training.throughput import Comparison, Epoch, timm_epochs
-from timm_xformers.training.throughput_cases import (
+from timm_xformers.training.images.data import refuse_unread
+from timm_xformers.training.planning import throughput
+from timm_xformers.training.planning.throughput import Comparison, Epoch, timm_epochs
+from timm_xformers.training.planning.throughput_cases import (
     BATCH_SIZE,
     CASES,
     EPOCHS,
     our_settings,
     timm_settings,
 )
-from timm_xformers.training.throughput_report import OURS, PEERS, Measurement, compare_case
+from timm_xformers.training.planning.throughput_report import OURS, PEERS, Measurement, compare_case
+from timm_xformers.training.recipe import Recipe
+from timm_xformers.training.results import Record
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_scripts" / "compare_throughput.py"
 RECORD = Record(

@@ -2,14 +2,14 @@
 
 import pytest
 
-from timm_xformers.training import search as search_module
 from timm_xformers.training.errors import UserError
-from timm_xformers.training.folds import FoldResult, open_folds
-from timm_xformers.training.ranking import best_of
-from timm_xformers.training.search import Search
-from timm_xformers.training.selection import _summaries, select
-from timm_xformers.training.space import Space
-from timm_xformers.training.trials import _open_study, work_on_trials
+from timm_xformers.training.selecting import search as search_module
+from timm_xformers.training.selecting.folds import FoldResult, open_folds
+from timm_xformers.training.selecting.ranking import best_of
+from timm_xformers.training.selecting.search import Search
+from timm_xformers.training.selecting.selection import _summaries, select
+from timm_xformers.training.selecting.space import Space
+from timm_xformers.training.selecting.trials import _open_study, work_on_trials
 
 optuna = pytest.importorskip("optuna", reason="the search extra is not installed")
 
@@ -109,7 +109,7 @@ def test_interrupted_search_makes_the_trials_of_an_undisturbed_one(start, preten
 
 
 def test_death_between_storing_and_starting_a_trial(start, pretend, monkeypatch):
-    from timm_xformers.training import trials
+    from timm_xformers.training.selecting import trials
 
     def die(*_):
         raise Killed
@@ -134,7 +134,7 @@ def test_a_trial_in_other_hands_is_left_alone(start, pretend, monkeypatch):
         waits.append(trials_of(search)[0][2])
         held.__exit__(None, None, None)
 
-    from timm_xformers.training import trials
+    from timm_xformers.training.selecting import trials
 
     trials._add_trial(_open_study(search), search)
     held = search.claim("trial-0")

@@ -18,8 +18,8 @@ from torch import nn
 from timm_xformers.training.atomic import find_damage, previous_of, write_folder
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.history import EpochRow, read_history, write_history
+from timm_xformers.training.images.preprocessing import Preprocessing
 from timm_xformers.training.loop import EpochSums
-from timm_xformers.training.preprocessing import Preprocessing
 
 __all__ = ["Checkpoint", "Progression", "open_last", "save_best", "save_last"]
 

@@ -9,12 +9,12 @@ from torch import nn
 
 from timm_xformers.training.build import build_model, check_input
 from timm_xformers.training.confusion import class_rows, plot_confusion, write_class_rows
-from timm_xformers.training.data import Data, make_batches, open_data
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.errors import UsageError
 from timm_xformers.training.folder import RunFolder
+from timm_xformers.training.images.data import Data, make_batches, open_data
+from timm_xformers.training.images.preprocessing import Preprocessing
 from timm_xformers.training.metrics import evaluate_model
-from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.results import Record, environment, split_fields
 

@@ -16,8 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from timm_xformers.training.data import Batches
 from timm_xformers.training.errors import DivergedError
+from timm_xformers.training.images.data import Batches
 from timm_xformers.training.metrics import add_up
 from timm_xformers.training.order import (
     derive_seed,

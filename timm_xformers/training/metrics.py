@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_xformers.training.data import Batches
+from timm_xformers.training.images.data import Batches
 from timm_xformers.training.order import eval_batches
 
 __all__ = ["Metrics", "add_up", "evaluate_model", "highest"]

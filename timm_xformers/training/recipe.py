@@ -344,7 +344,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def shipped_spaces() -> dict[str, Path]:
-    """What recipes are selected from, by name; see `timm_xformers.training.space`."""
+    """What recipes are selected from, by name; see `timm_xformers.training.selecting.space`."""
     return _shipped("spaces/*.yaml")
 
 

@@ -10,9 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_xformers.training.build import build_model, check_input
-from timm_xformers.training.data import Batches, Data, make_batches, open_data
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.errors import UsageError
+from timm_xformers.training.images.data import Batches, Data, make_batches, open_data
+from timm_xformers.training.images.preprocessing import Preprocessing
+from timm_xformers.training.images.rawsplit import RawSplit
 from timm_xformers.training.loop import Trainer
 from timm_xformers.training.optim import (
     make_criterion,
@@ -23,8 +25,6 @@ from timm_xformers.training.optim import (
     renew_optimizer,
 )
 from timm_xformers.training.order import derive_seed, num_train_batches, seed_everything
-from timm_xformers.training.preprocessing import Preprocessing
-from timm_xformers.training.rawsplit import RawSplit
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.stages import Stage, read_stages, stage_of
 

@@ -22,14 +22,14 @@ from timm_xformers.training.checkpoint import (
 )
 from timm_xformers.training.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.training.curves import plot_curves
-from timm_xformers.training.data import Batches
 from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.folder import RunFolder, create_run_folder, open_run_folder
 from timm_xformers.training.history import EpochRow, write_history
+from timm_xformers.training.images.data import Batches
+from timm_xformers.training.images.preprocessing import Preprocessing
 from timm_xformers.training.loop import EpochStats, EpochSums
 from timm_xformers.training.metrics import Metrics, evaluate_model, highest
-from timm_xformers.training.preprocessing import Preprocessing
 from timm_xformers.training.progress import Progress, epoch_line, headline, summary
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.results import (

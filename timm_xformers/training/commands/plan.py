@@ -57,11 +57,11 @@ def run(args: argparse.Namespace) -> None:
     """Print the plan, or the check."""
     if args.check:
         require_extra("train", "accelerate", "sklearn")
-        from timm_xformers.training.scaling_check import check, render_check
+        from timm_xformers.training.planning.scaling_check import check, render_check
 
         print(render_check(*check()))
         return
-    from timm_xformers.training.scaling import Cluster, Job, costs_of, plan, render
+    from timm_xformers.training.planning.scaling import Cluster, Job, costs_of, plan, render
 
     def given(fields: tuple[tuple[str, Any, str], ...]) -> dict[str, Any]:
         values = {name: getattr(args, name) for name, _, _ in fields}

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare, and say where the report is."""
     require_extra("train", "accelerate", "matplotlib", "scipy")
-    from timm_xformers.training.report import report
+    from timm_xformers.training.comparing.report import report
 
     done = report(
         [Path(name) for name in args.runs],

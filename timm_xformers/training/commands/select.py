@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> None:
     if args.workers < 1:
         raise UsageError(f"--workers {args.workers} is out of range; use 1 or more.")
     recipe = recipe_from(args)
-    from timm_xformers.training.space import load_space
+    from timm_xformers.training.selecting.space import load_space
 
     space = load_space(args.space, recipe)
-    from timm_xformers.training.selection import select
+    from timm_xformers.training.selecting.selection import select
 
     search, best = select(recipe, space, workers=args.workers, final=not args.no_final)
     print(f"Best is {best.label}; the table is in {search.markdown}, the recipe in {search.best}")

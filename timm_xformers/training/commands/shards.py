@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write, and say what."""
     require_extra("train", "numpy", "yaml")
+    from timm_xformers.training.images.shard_writer import write_shards
     from timm_xformers.training.recipe import Recipe
-    from timm_xformers.training.shard_writer import write_shards
 
     folder = Path(args.output)
     recipe = Recipe(data=args.data, data_dir=args.data_dir)

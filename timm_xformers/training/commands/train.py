@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         if args.resume is not None:
             raise UsageError("--dry-run shows a run before it starts; drop it, or drop --resume.")
-        from timm_xformers.training.dryrun import dry_run
+        from timm_xformers.training.planning.dryrun import dry_run
 
         print(dry_run(recipe_from(args)))
         return

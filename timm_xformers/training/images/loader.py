@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from timm_xformers.training.errors import UserError
+from timm_xformers.training.images.rawsplit import RawSplit
 from timm_xformers.training.order import derive_seed, seed_host
-from timm_xformers.training.rawsplit import RawSplit
 
 __all__ = ["LoaderBatches"]
 

@@ -36,7 +36,7 @@ COLUMNS = 4
 
 
 class Shards:
-    """Images of some tars by position; `timm_xformers.training.rawsplit` reads it as timm's.
+    """Images of some tars by position; `timm_xformers.training.images.rawsplit` reads it as timm's.
 
     Args:
         paths: The tars.

@@ -8,11 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_xformers.training.comparing.groups import (
+    SAME,
+    Estimate,
+    Group,
+    Metric,
+    group_runs,
+    sort_groups,
+)
+from timm_xformers.training.comparing.report_plots import PLOTS, plot_report
+from timm_xformers.training.comparing.runs import Skipped, find_runs
 from timm_xformers.training.errors import UsageError, UserError
-from timm_xformers.training.groups import SAME, Estimate, Group, Metric, group_runs, sort_groups
-from timm_xformers.training.report_plots import PLOTS, plot_report
 from timm_xformers.training.results import Record
-from timm_xformers.training.runs import Skipped, find_runs
 
 __all__ = ["Report", "report"]
 

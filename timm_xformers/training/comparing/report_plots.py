@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_xformers.training.groups import Group, Metric
+from timm_xformers.training.comparing.groups import Group, Metric
 
 __all__ = ["PLOTS", "plot_report"]
 

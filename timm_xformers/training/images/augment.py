@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timm_xformers.training.images.pixel_ops import take_pixels
+from timm_xformers.training.images.rand_augment import EpochPolicy
 from timm_xformers.training.order import derive_seed
-from timm_xformers.training.pixel_ops import take_pixels
-from timm_xformers.training.rand_augment import EpochPolicy
 
 __all__ = ["Augmentation", "EpochAugmentation"]
 

@@ -17,8 +17,10 @@ import torch
 
 from timm_xformers.training.errors import UsageError, UserError, require_extra
 from timm_xformers.training.folder import plain_name
-from timm_xformers.training.folds import FoldResult, Folds, open_fold, open_folds
-from timm_xformers.training.ranking import (
+from timm_xformers.training.recipe import Recipe, load_recipe, override
+from timm_xformers.training.results import Record
+from timm_xformers.training.selecting.folds import FoldResult, Folds, open_fold, open_folds
+from timm_xformers.training.selecting.ranking import (
     Summary,
     best_of,
     plot_selection,
@@ -26,12 +28,10 @@ from timm_xformers.training.ranking import (
     write_csv,
     write_markdown,
 )
-from timm_xformers.training.recipe import Recipe, load_recipe, override
-from timm_xformers.training.results import Record
-from timm_xformers.training.search import POLL_SECONDS, Search
-from timm_xformers.training.space import Space
+from timm_xformers.training.selecting.search import POLL_SECONDS, Search
+from timm_xformers.training.selecting.space import Space
+from timm_xformers.training.selecting.trials import tried, work_on_trials
 from timm_xformers.training.train import resume, train
-from timm_xformers.training.trials import tried, work_on_trials
 
 __all__ = ["select"]
 

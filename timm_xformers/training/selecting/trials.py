@@ -16,9 +16,9 @@ import warnings
 from typing import Any
 
 from timm_xformers.training.errors import UserError
-from timm_xformers.training.folds import Folds
 from timm_xformers.training.order import derive_seed
-from timm_xformers.training.search import POLL_SECONDS, Search
+from timm_xformers.training.selecting.folds import Folds
+from timm_xformers.training.selecting.search import POLL_SECONDS, Search
 
 __all__ = ["tried", "work_on_trials"]
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from timm_xformers.training.augment import Augmentation, EpochAugmentation
 from timm_xformers.training.errors import UserError
-from timm_xformers.training.preprocessing import Preprocessing
-from timm_xformers.training.rawsplit import RawSplit
-from timm_xformers.training.readable import refuse_unreadable
+from timm_xformers.training.images.augment import Augmentation, EpochAugmentation
+from timm_xformers.training.images.preprocessing import Preprocessing
+from timm_xformers.training.images.rawsplit import RawSplit
+from timm_xformers.training.images.readable import refuse_unreadable
 
 __all__ = ["MemoryBatches", "decode"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from timm_xformers.training.errors import UsageError, nearest
+from timm_xformers.training.images.pixel_ops import OPS
 from timm_xformers.training.order import derive_seed
-from timm_xformers.training.pixel_ops import OPS
 
 __all__ = ["EpochPolicy", "check_policy"]
 

@@ -11,18 +11,18 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torchvision.transforms import Compose, RandomErasing
 
-from timm_xformers.training.augment import Augmentation
 from timm_xformers.training.errors import UsageError, UserError
-from timm_xformers.training.loader import LoaderBatches
-from timm_xformers.training.memory import MemoryBatches, decode
+from timm_xformers.training.images.augment import Augmentation
+from timm_xformers.training.images.loader import LoaderBatches
+from timm_xformers.training.images.memory import MemoryBatches, decode
+from timm_xformers.training.images.preprocessing import Preprocessing
+from timm_xformers.training.images.rand_augment import check_policy
+from timm_xformers.training.images.rawsplit import RawSplit
+from timm_xformers.training.images.readable import drop_unreadable, glance, refuse_unreadable
+from timm_xformers.training.images.sources import KNOWN_SETS, KnownSet, open_source
+from timm_xformers.training.images.subset import limit_images, select_classes
 from timm_xformers.training.order import stratified_split
-from timm_xformers.training.preprocessing import Preprocessing
-from timm_xformers.training.rand_augment import check_policy
-from timm_xformers.training.rawsplit import RawSplit
-from timm_xformers.training.readable import drop_unreadable, glance, refuse_unreadable
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.sources import KNOWN_SETS, KnownSet, open_source
-from timm_xformers.training.subset import limit_images, select_classes
 
 __all__ = ["Batches", "Data", "make_batches", "open_data", "refuse_unread"]
 

@@ -18,9 +18,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from timm_xformers.training.errors import UsageError, UserError
-from timm_xformers.training.folds import FoldResult, Folds, configuration_key, run_fold
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.space import Space
+from timm_xformers.training.selecting.folds import FoldResult, Folds, configuration_key, run_fold
+from timm_xformers.training.selecting.space import Space
 
 __all__ = ["POLL_SECONDS", "Search"]
 

@@ -1,4 +1,4 @@
-"""Writing any data set as webdataset shards, as `timm_xformers.training.shards` reads them."""
+"""Writing any data set as webdataset shards, as `shards` reads them."""
 
 import io
 import json
@@ -12,11 +12,11 @@ from PIL import Image
 
 from timm_xformers.training.atomic import write_text
 from timm_xformers.training.errors import UsageError, UserError
+from timm_xformers.training.images.rawsplit import RawSplit
+from timm_xformers.training.images.shards import INFO_NAMES
+from timm_xformers.training.images.sources import open_source
 from timm_xformers.training.order import derive_seed
-from timm_xformers.training.rawsplit import RawSplit
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.shards import INFO_NAMES
-from timm_xformers.training.sources import open_source
 
 __all__ = ["write_shards"]
 

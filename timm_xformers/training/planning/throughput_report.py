@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from timm_xformers.training.throughput_cases import EPOCHS
+from timm_xformers.training.planning.throughput_cases import EPOCHS
 
 __all__ = ["OURS", "PEERS", "Measurement", "compare_case", "markdown"]
 

@@ -25,26 +25,26 @@ import yaml
 
 import timm_xformers
 from timm_xformers.training.atomic import write_text
-from timm_xformers.training.data import open_data
 from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.folder import RunFolder
 from timm_xformers.training.history import read_history
-from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.results import Record
-from timm_xformers.training.throughput_cases import (
+from timm_xformers.training.images.data import open_data
+from timm_xformers.training.planning.throughput_cases import (
     BATCH_SIZE,
     CASES,
     EPOCHS,
     our_settings,
     timm_settings,
 )
-from timm_xformers.training.throughput_report import (
+from timm_xformers.training.planning.throughput_report import (
     OURS,
     PEERS,
     Measurement,
     compare_case,
     markdown,
 )
+from timm_xformers.training.recipe import Recipe
+from timm_xformers.training.results import Record
 
 __all__ = ["Comparison", "Epoch", "timm_epochs"]
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
-from timm_xformers.training.data import Data, open_data, refuse_unread
 from timm_xformers.training.errors import DivergedError, UserError
+from timm_xformers.training.images.data import Data, open_data, refuse_unread
+from timm_xformers.training.images.rawsplit import PilImages, RawSplit
 from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.metrics import evaluate_model
 from timm_xformers.training.order import stratified_split
-from timm_xformers.training.rawsplit import PilImages, RawSplit
 from timm_xformers.training.recipe import Recipe, override
 from timm_xformers.training.session import Session, open_session
 

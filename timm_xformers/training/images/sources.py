@@ -18,16 +18,16 @@ from PIL import Image
 from timm.data import create_dataset, get_img_extensions
 
 from timm_xformers.training.errors import UsageError, UserError, nearest, require_extra
-from timm_xformers.training.order import stratified_split
-from timm_xformers.training.rawsplit import (
+from timm_xformers.training.images.rawsplit import (
     PilImages,
     RawSplit,
     class_index,
     class_names,
     raw_split,
 )
+from timm_xformers.training.images.shards import find_shards, open_shards
+from timm_xformers.training.order import stratified_split
 from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.shards import find_shards, open_shards
 
 __all__ = ["KNOWN_SETS", "KnownSet", "Source", "open_source"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_xformers.training.errors import UserError
-from timm_xformers.training.rawsplit import RawSplit
+from timm_xformers.training.images.rawsplit import RawSplit
 
 __all__ = ["drop_unreadable", "glance", "refuse_unreadable"]
 

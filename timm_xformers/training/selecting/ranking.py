@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_xformers.training.folds import FoldResult
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.results import Record
+from timm_xformers.training.selecting.folds import FoldResult
 
 __all__ = ["Summary", "best_of", "plot_selection", "summarize", "write_csv", "write_markdown"]
 

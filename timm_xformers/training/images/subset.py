@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from timm_xformers.training.errors import UsageError, UserError, nearest
+from timm_xformers.training.images.rawsplit import RawSplit
+from timm_xformers.training.images.sources import Source
 from timm_xformers.training.order import stratified_split
-from timm_xformers.training.rawsplit import RawSplit
-from timm_xformers.training.sources import Source
 
 __all__ = ["limit_images", "select_classes"]
 

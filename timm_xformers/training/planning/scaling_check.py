@@ -1,4 +1,4 @@
-"""How far the arithmetic of `timm_xformers.training.scaling` is off, on the machine at hand.
+"""How far the arithmetic of `scaling` is off, on the machine at hand.
 
 Small runs are measured, and each is predicted from another one: the time of a step from its
 multiply-adds and the speed that a reference reached; the memory that a larger batch adds from what
@@ -25,11 +25,16 @@ from timm.data import create_transform
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_xformers.training.build import build_model
-from timm_xformers.training.dryrun import measure_steps
 from timm_xformers.training.errors import UserError
+from timm_xformers.training.planning.dryrun import measure_steps
+from timm_xformers.training.planning.scaling import (
+    BYTES_PER_VALUE,
+    Cluster,
+    all_reduce_seconds,
+    costs_of,
+)
 from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.results import peak_memory_mib
-from timm_xformers.training.scaling import BYTES_PER_VALUE, Cluster, all_reduce_seconds, costs_of
 from timm_xformers.training.session import open_session
 
 __all__ = ["Prediction", "check", "render_check"]

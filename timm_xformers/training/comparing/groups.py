@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from timm_xformers.training.comparing.runs import Run
 from timm_xformers.training.recipe import NO_INFLUENCE
 from timm_xformers.training.results import Record
-from timm_xformers.training.runs import Run
 
 __all__ = ["SAME", "Estimate", "Group", "Metric", "group_runs", "plain", "sort_groups"]
 
