@@ -69,6 +69,7 @@ ELSEWHERE = {
     "num_workers",  # test_data: must not change a result
     "checkpoint_minutes",  # test_resume: must not change a result
     "num_processes",  # test_train
+    "fsdp",  # test_sharding: must not change a result
     "channels_last", "grad_checkpointing", "compile",  # test_stages: hardly change a result
 }  # fmt: skip
 

@@ -4,25 +4,28 @@ import torch
 from accelerate import Accelerator
 
 from timm_xformers.training.errors import UserError
+from timm_xformers.training.sharding import make_plugin
 
 __all__ = ["emulates_bf16", "emulation_note", "make_accelerator"]
 
 
-def make_accelerator(mixed_precision: str) -> Accelerator:
+def make_accelerator(mixed_precision: str, *, fsdp: bool = False) -> Accelerator:
     """Join the processes that the launcher started, on the devices there are.
 
     Args:
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        fsdp: Shard the model.
 
     Raises:
-        UserError: The precision needs a device that is not there.
+        UserError: The precision or the shards need devices that are not there.
     """
     found = torch.cuda.is_available() or torch.xpu.is_available()
     found = found or torch.backends.mps.is_available()
     if mixed_precision == "fp16" and not found:
         raise UserError("mixed_precision=fp16 needs a GPU, and there is none; use bf16 or no.")
     # Without a GPU, accelerate joins several processes only if it is told to stay on the CPU.
-    return Accelerator(cpu=not found, mixed_precision=mixed_precision)
+    plugin = make_plugin(cpu=not found) if fsdp else None
+    return Accelerator(cpu=not found, mixed_precision=mixed_precision, fsdp_plugin=plugin)
 
 
 def emulates_bf16(device: torch.device) -> bool:

@@ -220,7 +220,10 @@ class Trainer:
         # Only the last pass of a group needs the other processes' gradients.
         sync = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
         with sync:
-            logits = self.wrapped(images)
+            with (
+                accelerator.autocast()
+            ):  # which accelerate gives to the forward of unsharded models
+                logits = self.wrapped(images)
             loss: Tensor = self.criterion(logits.float(), targets)
             accelerator.backward(loss / group_size)
         if last:

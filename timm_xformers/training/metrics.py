@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from timm_xformers.training.images.data import Batches
 from timm_xformers.training.order import eval_batches
+from timm_xformers.training.sharding import equal_turns, is_sharded
 
 __all__ = ["Metrics", "add_up", "evaluate_model", "highest"]
 
@@ -54,8 +55,8 @@ def evaluate_model(
     padding to equal shares would do.
 
     Args:
-        model: Plain model: processes have different numbers of batches, and a wrapped one waits
-            for the others in every forward pass.
+        model: Plain model, or a sharded one: processes have different numbers of batches, and one
+            that is wrapped in another way waits for the others in every forward pass.
         data: The split.
         batch_size: Images per pass.
         accelerator: Devices and processes.
@@ -66,13 +67,18 @@ def evaluate_model(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
+    mine = len(order)
+    if is_sharded(model):
+        order = equal_turns(model, order, len(data), batch_size, accelerator.num_processes)
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     pairs: list[Tensor] = []
     num_classes = 0
-    for images, labels in data.batches(order):
+    for turn, (images, labels) in enumerate(data.batches(order)):
         with accelerator.autocast():
             logits = model(images).float()
+        if turn >= mine:  # computed because the others needed this process
+            break
         losses = F.cross_entropy(logits, labels, reduction="none")
         best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (B, 5)
         hits = best == labels[:, None]

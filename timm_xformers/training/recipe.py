@@ -37,7 +37,7 @@ T = TypeVar("T")
 # Settings that do not shape the result.
 NO_INFLUENCE = (
     *("seed", "output", "data_dir", "download"),
-    *("num_workers", "num_processes", "checkpoint_minutes", "trackers"),
+    *("num_workers", "num_processes", "fsdp", "checkpoint_minutes", "trackers"),
 )
 
 # Those of accelerate whose packages are called like the tracker.
@@ -168,6 +168,9 @@ class Recipe:
 
     # Processes that the run must have; null: as many as the launcher started.
     num_processes: int | None = _bounded(None, low=1)
+    # Shard weights, gradients and the optimiser's state over the processes (FSDP2), for models that
+    # do not fit one device; needs several processes with a GPU each.
+    fsdp: bool = False
     # Save the state of a run within an epoch too, whenever so many minutes have passed since it
     # was last saved; 0: only after each epoch.
     checkpoint_minutes: float = _bounded(10.0, low=0.0)

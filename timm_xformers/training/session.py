@@ -26,6 +26,7 @@ from timm_xformers.training.optim import (
 )
 from timm_xformers.training.order import derive_seed, num_train_batches, seed_everything
 from timm_xformers.training.recipe import Recipe
+from timm_xformers.training.sharding import check_sharding, prepare_sharded, shard_averages
 from timm_xformers.training.stages import Stage, read_stages, stage_of
 
 __all__ = ["Session", "open_session"]
@@ -127,7 +128,7 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
     """
     # Before the process group: a stream opened after it would be cut by rank.
     data = data or open_data(recipe)
-    accelerator = make_accelerator(recipe.mixed_precision)
+    accelerator = make_accelerator(recipe.mixed_precision, fsdp=recipe.fsdp)
     if recipe.num_processes not in (None, accelerator.num_processes):
         raise UsageError(
             f"num_processes={recipe.num_processes} was asked for and {accelerator.num_processes} "
@@ -135,6 +136,7 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
             "starts one."
         )
     stages = read_stages(recipe, recipe.img_size or data.img_size)
+    check_sharding(recipe, stages, accelerator)
     for stage in stages:
         if len(data.train) < stage.batch_size * accelerator.num_processes:
             raise UsageError(
@@ -178,7 +180,8 @@ def _make_trainer(
         preprocessing = data.preprocess(preprocessing, recipe.normalize)
     check_input(model, preprocessing.shape)
 
-    model.to(accelerator.device)
+    if not recipe.fsdp:  # else the model goes there in parts
+        model.to(accelerator.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
@@ -189,6 +192,8 @@ def _make_trainer(
     # Copied before accelerate replaces the model's forward method.
     ema = make_ema(model, recipe)
     wrapped, prepared = _prepare(accelerator, model, optimizer, recipe)
+    if recipe.fsdp and ema is not None:
+        shard_averages(accelerator, ema)
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
@@ -211,7 +216,10 @@ def _make_trainer(
 def _prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, recipe: Recipe
 ) -> tuple[nn.Module, Optimizer]:
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    if recipe.fsdp:
+        wrapped, prepared = prepare_sharded(accelerator, model, optimizer)
+    else:
+        wrapped, prepared = accelerator.prepare(model, optimizer)
     compiled: Any = torch.compile(wrapped) if recipe.compile else wrapped
     return compiled, prepared
 

@@ -39,6 +39,7 @@ from timm_xformers.training.results import (
     split_fields,
 )
 from timm_xformers.training.session import Session, open_session
+from timm_xformers.training.sharding import gather_shards, place, whole_weights
 from timm_xformers.training.stopping import Stopped, StopRequest
 from timm_xformers.training.trackers import Trackers, tracker_names
 
@@ -241,8 +242,9 @@ class _Run:
                 best_top1=metrics.top1 if metrics else 0,
                 best_loss=metrics.loss if metrics else math.inf,
             )
-            if session.accelerator.is_main_process:
-                save_best(self.folder.best, trainer.best_weights, *_description(session))
+            with whole_weights(trainer.best_weights):
+                if session.accelerator.is_main_process:
+                    save_best(self.folder.best, trainer.best_weights, *_description(session))
         return reached, _row(epoch, stats, metrics, trainer.optimizer.param_groups)
 
     def _between_updates(self, so_far: Callable[[], EpochSums], request: StopRequest) -> None:
@@ -279,15 +281,18 @@ class _Run:
         """Write ``last/``, which then stands where the run is."""
         trainer, accelerator = self.session.trainer, self.session.accelerator
         reached = reached or self.progression
-        if accelerator.is_main_process:
-            scaler = accelerator.scaler
-            state = {
+        scaler = accelerator.scaler
+        state = gather_shards(
+            {
                 "optimizer": trainer.optimizer.state_dict(),
                 "ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
-            description = _description(self.session)
-            save_last(self.folder.last, trainer.model, *description, state, reached, self.rows)
+        )
+        with whole_weights(trainer.model):
+            if accelerator.is_main_process:
+                description = _description(self.session)
+                save_last(self.folder.last, trainer.model, *description, state, reached, self.rows)
         accelerator.wait_for_everyone()
         self.progression = reached
         self.saved_at = time.monotonic()
@@ -297,7 +302,7 @@ class _Run:
         session, recipe = self.session, self.session.recipe
         accelerator = session.accelerator
         model, _ = build_model(f"local-dir:{self.folder.best}", pretrained=True)
-        model.to(accelerator.device)
+        place(accelerator, model)
         measured: dict[str, Any] = {}
         described: tuple[Metrics, str] | None = None  # the test set comes last, and goes first
         for name, batches in (("val", self.val_data), ("test", self.test_data)):
