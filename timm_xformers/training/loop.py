@@ -220,9 +220,8 @@ class Trainer:
         # Only the last pass of a group needs the other processes' gradients.
         sync = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
         with sync:
-            with (
-                accelerator.autocast()
-            ):  # which accelerate gives to the forward of unsharded models
+            # Accelerate gives it to the forward pass of unsharded models only.
+            with accelerator.autocast():
                 logits = self.wrapped(images)
             loss: Tensor = self.criterion(logits.float(), targets)
             accelerator.backward(loss / group_size)

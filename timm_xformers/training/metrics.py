@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,7 +69,12 @@ def evaluate_model(
     )
     mine = len(order)
     if is_sharded(model):
-        order = equal_turns(model, order, len(data), batch_size, accelerator.num_processes)
+        order = equal_turns(order, len(data), batch_size, accelerator.num_processes)
+    if accelerator.num_processes > 1:
+        # Those of batch normalisation have gone apart since the last pass began; the first
+        # process's are the ones that are saved.
+        for buffer in model.buffers():
+            buffer.copy_(broadcast(buffer))
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     pairs: list[Tensor] = []

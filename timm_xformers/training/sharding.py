@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType, broadcast, compare_versions
+from accelerate.utils import DistributedType, compare_versions
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -97,10 +97,8 @@ def check_sharding(recipe: Recipe, stages: Sequence[Stage], accelerator: Acceler
             "fsdp=true keeps one image size, since sharded positions cannot be interpolated; "
             "leave img_size out of stages, or use fsdp=false."
         )
-    for name in (
-        "channels_last",
-        "compile",
-    ):  # fully_shard refuses the first; nobody tried the second
+    # PyTorch refuses to shard the first, and the second is untried.
+    for name in ("channels_last", "compile"):
         if getattr(recipe, name):
             raise UsageError(f"fsdp=true does not go with {name}=true; switch one of them off.")
 
@@ -151,12 +149,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def equal_turns(
-    model: nn.Module, order: list[Tensor], num_images: int, batch_size: int, world_size: int
+    order: list[Tensor], num_images: int, batch_size: int, world_size: int
 ) -> list[Tensor]:
-    """Give all processes the same number of batches to evaluate, and the same buffers.
+    """Give all processes the same number of batches to evaluate.
 
     Args:
-        model: Sharded.
         order: Positions of the batches of this process.
         num_images: Images of all.
         batch_size: Images of a batch.
@@ -165,9 +162,6 @@ def equal_turns(
     Returns:
         The order, and perhaps a batch more that must not be counted.
     """
-    # Those of batch normalisation; the first process's are kept, as in DistributedDataParallel.
-    for buffer in model.buffers():
-        buffer.copy_(broadcast(buffer))
     turns = math.ceil(math.ceil(num_images / batch_size) / world_size)
     return order + [torch.zeros(1, dtype=torch.long)] * (turns - len(order))
 
