@@ -120,14 +120,15 @@ class _SwinWindows(nn.Module):
         super().__init__()
         self.window = window
         self.side = dims.grid_side(window)
-        self.attn: Any = WindowAttention(
+        attn: Any = WindowAttention(
             dims.dim,
             dims.num_heads,
             head_dim=dims.head_dim,
             window_size=window,
             qkv_bias=False,
         )
-        self.attn.fused_attn = True  # off by default in timm, and faster
+        attn.fused_attn = True  # off by default in timm, and faster
+        self.attn = attn
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
@@ -367,5 +368,5 @@ def _load(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
-            raise Unfit('not installed; pip install "timm-xformers[bench]"') from error
+            raise Unfit(f"not installed; pip install {package}") from error
         raise Unfit(f"its import fails: {' '.join(str(error).split())}") from error
