@@ -47,7 +47,7 @@ class Benchmark:
     """
 
     def __init__(self, settings: Settings) -> None:
-        check(settings)
+        settings = check(settings)
         output = settings.output
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UsageError(f"{output} is not empty; choose another --output.")
@@ -57,7 +57,7 @@ class Benchmark:
         self.baseline = baseline_of(settings)
         self.rows: list[Row] = []
         self.left_out: dict[str, dict[str, list[int]]] = {}
-        self.origin = origin(torch.device(settings.device))
+        self.origin = origin(torch.device(settings.device or "cpu"))
 
     def run(self) -> Path:
         """Measure, and write.

@@ -82,13 +82,22 @@ def _layer(contender: Contender, point: Point) -> Any:
 def _model(contender: Contender, point: Point) -> Any:
     model: Any = build_model(contender.name, img_size=point.size or None)[0]
     if contender.peer:
-        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, HeadsAttention):
-                    dim = child.qkv.in_features
-                    dims = Dims(dim, child.num_heads, child.head_dim, tokens)
-                    if "bias" in dict(child.qkv.named_parameters()):
-                        raise Unfit("it has no query, key and value biases")
-                    setattr(parent, name, build_peer(contender.peer, model.attn_layer, dims))
+        _replace_attention(model, contender.peer)
     return model
+
+
+def _replace_attention(model: Any, package: str) -> None:
+    """Put a package's form of the model's mechanism in its place."""
+    if model.attn_layer.startswith("local2d"):
+        raise Unfit("it does not shift the windows of every second block")
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, HeadsAttention):
+                continue
+            own: Any = child
+            extras = (own.q_norm, own.k_norm, own.rope, own.norm)
+            if own.qkv.bias is not None or not all(isinstance(m, nn.Identity) for m in extras):
+                raise Unfit("the model's attention has biases, norms or rotary positions")
+            dims = Dims(own.qkv.in_features, own.num_heads, own.head_dim, tokens)
+            setattr(parent, name, build_peer(package, model.attn_layer, dims))

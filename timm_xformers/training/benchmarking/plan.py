@@ -1,5 +1,6 @@
 """The points and contenders of a benchmark, and what does not fit together."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,19 +30,24 @@ from timm_xformers.training.errors import UsageError, nearest
 __all__ = ["baseline_of", "check", "contenders_of", "points_of"]
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings) -> Settings:
     """Refuse what cannot be measured, before anything is.
+
+    Returns:
+        The settings, with a device if they had none.
 
     Raises:
         UsageError: In one sentence.
     """
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = dataclasses.replace(settings, device=device)
     for name, given, known in (
         ("passes", settings.passes, PASSES),
         ("modes", settings.modes, MODES),
         ("dtypes", settings.dtypes, DTYPES),
         ("allocator", settings.allocators, ALLOCATORS),
         ("shape", (settings.shape,), tuple(SHAPES)),
-        ("device", (settings.device,), ("cpu", "cuda")),
+        ("device", (device,), ("cpu", "cuda")),
     ):
         for value in given:
             if value not in known:
@@ -63,9 +69,9 @@ def check(settings: Settings) -> None:
         for number in numbers:
             if number is not None and number < 1:
                 raise UsageError(f"--{name} {number} is out of range; use 1 or more.")
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda needs a GPU, and there is none; use --device cpu.")
-    if settings.device == "cpu" and "float16" in settings.dtypes:
+    if device == "cpu" and "float16" in settings.dtypes:
         raise UsageError(
             "--dtypes float16 needs a GPU, which --device cuda asks for; use float32 or bfloat16."
         )
@@ -73,6 +79,7 @@ def check(settings: Settings) -> None:
         _check_models(settings)
     else:
         _check_layers(settings)
+    return settings
 
 
 def _check_layers(settings: Settings) -> None:
@@ -187,7 +194,7 @@ def points_of(settings: Settings) -> list[Point]:
             batch_size=settings.batch_size,
             task=task,
             dtype=dtype,
-            device=settings.device,
+            device=settings.device or "cpu",
             threads=threads,
             allocator=allocator,
         )

@@ -78,7 +78,7 @@ class Settings:
         passes: Of `PASSES`.
         modes: Of `MODES`.
         dtypes: Of `DTYPES`: the type of a layer, autocast of a model.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``; None: the GPU if there is one.
         threads: Numbers of threads, each in a process of its own.
         allocators: Of `ALLOCATORS`.
         rounds: Of every point.
@@ -104,7 +104,7 @@ class Settings:
     passes: tuple[str, ...] = ()
     modes: tuple[str, ...] = ("eager",)
     dtypes: tuple[str, ...] = ("float32",)
-    device: str = "cpu"
+    device: str | None = None
     threads: tuple[int, ...] = (1,)
     allocators: tuple[str, ...] = ("default",)
     rounds: int = 7

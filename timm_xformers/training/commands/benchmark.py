@@ -53,7 +53,7 @@ SINGLE: dict[str, tuple[type[Any], str]] = {
     "num-heads": (int, "heads instead of the shape's"),
     "head-dim": (int, "width of a head instead of the shape's"),
     "batch-size": (int, "sequences or images, default 8"),
-    "device": (str, "cpu or cuda; default cpu"),
+    "device": (str, "cpu or cuda; default the GPU if there is one"),
     "rounds": (int, "default 7"),
     "limit-seconds": (float, "of a point, after which no fourth round begins; default 120"),
     "seed": (int, "of weights, inputs and order; default 0"),
