@@ -104,8 +104,8 @@ def _check_layers(settings: Settings) -> None:
                 side, _ = square_grid(tokens)
             except ValueError:
                 raise UsageError(
-                    f"{name} needs a square grid, which {tokens} tokens are not, nor after a "
-                    "class token; use --tokens 64, 196, 256, 1025 and the like, or drop it."
+                    f"{name} needs a square grid, which {tokens} tokens are not, with or without "
+                    "class tokens; use --tokens 64, 196, 256, 1025 and the like, or drop it."
                 ) from None
             if window > side:
                 raise UsageError(
