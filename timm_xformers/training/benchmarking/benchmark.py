@@ -1,7 +1,7 @@
 """A benchmark from its settings to its folder.
 
-One process per allocator and number of threads times all points; memory takes a process per point
-and contender. What is known is written after every point.
+One process per allocator and number of threads times all points; memory takes a fresh process for
+every point and contender. What is known is written after every point.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import torch
 
 import timm_xformers
 from timm_xformers.training.atomic import write_text
+from timm_xformers.training.benchmarking.child import can_fork
 from timm_xformers.training.benchmarking.compare import Row, rows_of
 from timm_xformers.training.benchmarking.peers import PEERS
 from timm_xformers.training.benchmarking.plan import baseline_of, check, contenders_of, points_of
@@ -110,24 +111,35 @@ class Benchmark:
             and point.task == heaviest
             and (settings.memory_tokens is None or point.size in settings.memory_tokens)
         ]
-        for number, point in enumerate(chosen, start=1):
-            mine = {row.contender for row in self.rows if row.point == point}
-            for contender in [c for c in self.contenders if c in mine]:
-                try:
-                    (found,) = self._child("memory", [(point, [contender])])
-                except UserError as error:
-                    found = {"left_out": str(error)}
-                if "peak_mib" in found:
-                    self.rows = [
-                        dataclasses.replace(row, peak_mib=found["peak_mib"])
-                        if (row.point, row.contender) == (point, contender)
-                        else row
-                        for row in self.rows
-                    ]
-                else:
-                    reason = {f"memory of {contender.label}": found["left_out"]}
-                    self._note(reason, self._tokens(point))
-            self._say(f"memory {number}/{len(chosen)}: {describe(point)}")
+        work = [
+            (point, contender)
+            for point in chosen
+            for contender in self.contenders
+            if any((row.point, row.contender) == (point, contender) for row in self.rows)
+        ]
+        peaks: dict[tuple[Point, Contender], float] = {}
+        for number, ((point, contender), found) in enumerate(self._memories(work), start=1):
+            if "peak_mib" in found:
+                peaks[point, contender] = found["peak_mib"]
+            else:
+                reason = {f"memory of {contender.label}": found["left_out"]}
+                self._note(reason, self._tokens(point))
+            self._say(f"memory {number}/{len(work)}: {contender.label}, {describe(point)}")
+        self.rows = [
+            dataclasses.replace(row, peak_mib=peaks.get((row.point, row.contender)))
+            for row in self.rows
+        ]
+
+    def _memories(
+        self, work: Sequence[tuple[Point, Contender]]
+    ) -> Iterator[tuple[tuple[Point, Contender], dict[str, Any]]]:
+        """A process for each: copies of one that has only imported, or one from scratch."""
+        for allocator in self.settings.allocators:
+            mine = [case for case in work if case[0].allocator == allocator]
+            batches = [mine] if can_fork(self.settings.device or "cpu") else [[c] for c in mine]
+            for batch in filter(None, batches):
+                found = self._child("memory", [(point, [who]) for point, who in batch])
+                yield from zip(batch, found, strict=True)
 
     def _child(
         self, kind: str, work: Sequence[tuple[Point, Sequence[Contender]]]

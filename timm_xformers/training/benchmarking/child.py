@@ -29,7 +29,7 @@ from timm_xformers.training.benchmarking.timing import (
     warm_up,
 )
 
-__all__ = ["main", "measure_memory", "measure_time"]
+__all__ = ["can_fork", "main", "measure_memory", "measure_time"]
 
 MEMORY_STEPS = 3
 
@@ -99,6 +99,11 @@ def measure_memory(point: Point, contender: Contender, seed: int) -> dict[str, A
         return {"left_out": _reason(error)}
 
 
+def can_fork(device: str) -> bool:
+    """Whether copies of a process may measure memory; a GPU and macOS need fresh ones."""
+    return device == "cpu" and sys.platform == "linux"
+
+
 def _prepare(contender: Contender, point: Point, seed: int) -> tuple[Callable[[], None], int]:
     module, x = build_contender(contender, point, seed)
     module.train(point.task != "forward")
@@ -143,7 +148,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Unfit):
         return str(error)
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}".rstrip(": ")
+    return f"{type(error).__name__}: {text[:200]}".rstrip(": .")
 
 
 def main() -> None:
@@ -154,16 +159,38 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of packages about packages
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
-    device = job["device"]
+    device, seed = job["device"], job["plan"]["seed"]
     for entry in job["work"]:
         point = Point(**entry["point"])
         contenders = [Contender(**values) for values in entry["contenders"]]
         if job["kind"] == "time":
             watch = GpuStopwatch() if device == "cuda" else HostStopwatch(job["threads"])
             found = measure_time(point, contenders, job["plan"], watch)
+        elif can_fork(device):
+            found = _in_fork(lambda p=point, c=contenders: measure_memory(p, c[0], seed))
         else:
-            found = measure_memory(point, contenders[0], job["plan"]["seed"])
+            found = measure_memory(point, contenders[0], seed)
         print(json.dumps({"point": dataclasses.asdict(point), **found}), file=results, flush=True)
+
+
+def _in_fork(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Measure in a copy of this process, which has imported everything and computed nothing."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(reading)
+        with os.fdopen(writing, "w", encoding="utf-8") as pipe:
+            pipe.write(json.dumps(measure()))
+        os._exit(0)  # and run no clean-up of the parent's
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(process, 0)
+    if status or not answer:
+        code = os.waitstatus_to_exitcode(status)
+        return {"left_out": f"its process ended with code {code}; -9 means that memory ran out"}
+    found: dict[str, Any] = json.loads(answer)
+    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_xformers.training.benchmarking.compare import Row, crossover
-from timm_xformers.training.benchmarking.settings import Contender, Point
+from timm_xformers.training.benchmarking.settings import UNFUSED, Contender, Point
 from timm_xformers.training.benchmarking.tables import groups_of, start_of, title_of
 
 __all__ = ["plot_benchmark"]
@@ -50,7 +50,8 @@ def plot_benchmark(output: Path, rows: Sequence[Row], baseline: Contender) -> li
 
 def _styles(rows: Sequence[Row], baseline: Contender) -> dict[str, dict[str, Any]]:
     """A colour per mechanism; other packages' forms of it are dashed, compiled ones dotted."""
-    names = dict.fromkeys(r.contender.name for r in rows if r.contender.name != baseline.name)
+    plain = {baseline.name: "black", UNFUSED: "0.5"}
+    names = dict.fromkeys(r.contender.name for r in rows if r.contender.name not in plain)
     places = {name: place for place, name in enumerate(names)}
     styles: dict[str, dict[str, Any]] = {}
     packages: dict[str, list[str]] = {}
@@ -62,7 +63,7 @@ def _styles(rows: Sequence[Row], baseline: Contender) -> dict[str, dict[str, Any
         lines = ("-", "--", "-.")
         line = lines[min(others.index(contender.peer) + 1, 2)] if contender.peer else "-"
         styles[contender.label] = {
-            "color": "black" if place is None else COLOURS[place % len(COLOURS)],
+            "color": plain.get(contender.name, COLOURS[(place or 0) % len(COLOURS)]),
             "marker": "." if place is None else MARKERS[place % len(MARKERS)],
             "linestyle": ":" if contender.mode == "compiled" else line,
             "linewidth": 2.2 if contender.label == baseline.label else 1.3,
@@ -83,7 +84,7 @@ def _draw(
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    figure = Figure(figsize=(7.2 * len(panels) + 1, 6.4), layout="constrained")
+    figure = Figure(figsize=(7.2 * len(panels) + 1, 7.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (point, rows) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
@@ -105,7 +106,7 @@ def _draw(
         axes.set_ylabel("Peak memory of a step (MiB)" if memory else "Milliseconds")
         axes.set_title(_wrap(title_of(point)), fontsize=10)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="upper left")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     if not memory:
         figure.text(
             0.5,

@@ -45,14 +45,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocators": ["default", "tuned"],
         "rounds": 7,
         "limit_seconds": 12.0,
-        "memory_tokens": [256, 1024, 4096],
     },
     # Does it run at all, in a minute.
     "quick": {
         "tokens": [64, 256, 1024],
         "batch_size": 2,
         "rounds": 3,
-        "memory_tokens": [1024],
     },
 }
 

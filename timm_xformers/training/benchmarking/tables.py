@@ -87,7 +87,11 @@ def markdown(result: dict[str, Any], rows: Sequence[Row]) -> str:
         lines += [f"## {title_of(point)[0].upper()}{title_of(point)[1:]}", ""]
         lines += [*_ratio_table(members, baseline), ""]
         if any(row.peak_mib is not None for row in members):
-            lines += ["Peak memory of the steps, MiB over what was held before:", ""]
+            lines += [
+                "Peak memory of the steps, MiB over what was held before; the first 10 to 20 of a "
+                "CPU are mostly library code that is used for the first time:",
+                "",
+            ]
             lines += [*_memory_table(members), ""]
     if result["peers"]:
         lines += ["## What the other packages compute", ""]
