@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import timm
@@ -234,6 +236,14 @@ def test_memory_grows_with_the_tokens():
         for size in (64, 512)
     ]
     assert peaks[0] + 10 < peaks[1] < 400
+
+
+@pytest.mark.skipif(not child.can_fork("cpu"), reason="no copies of processes here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_memory_of_a_copy_of_the_process_and_its_death():
+    assert child._in_fork(lambda: {"peak_mib": 1.5}) == {"peak_mib": 1.5}
+    killed = child._in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert killed["left_out"].startswith("its process ended with code -9")
 
 
 def test_a_contender_that_fails_is_left_out_with_its_reason():

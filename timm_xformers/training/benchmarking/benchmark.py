@@ -26,7 +26,7 @@ from timm_xformers.training.benchmarking.plots import plot_benchmark
 from timm_xformers.training.benchmarking.settings import PASSES, Contender, Point, Settings
 from timm_xformers.training.benchmarking.tables import csv_text, markdown, timm_csv_text
 from timm_xformers.training.build import build_model
-from timm_xformers.training.devices import MALLOC_OPTIONS
+from timm_xformers.training.devices import MALLOC_OPTIONS, emulation_note
 from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.results import origin
 
@@ -70,6 +70,10 @@ class Benchmark:
             UserError: The baseline failed, or a process that measures.
         """
         self.settings.output.mkdir(parents=True, exist_ok=True)
+        precision = "bf16" if "bfloat16" in self.settings.dtypes else "no"
+        note = emulation_note(precision, torch.device(self.settings.device or "cpu"))
+        if note is not None:
+            self._say(note)
         for number, (point, found) in enumerate(self._timings(), start=1):
             rows = rows_of(point, self.contenders, found, self.baseline.label, self._tokens(point))
             self._note(found["left_out"], self._tokens(point))

@@ -6,6 +6,7 @@ the parent's is imported that is not measured.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -167,7 +168,7 @@ def main() -> None:
             watch = GpuStopwatch() if device == "cuda" else HostStopwatch(job["threads"])
             found = measure_time(point, contenders, job["plan"], watch)
         elif can_fork(device):
-            found = _in_fork(lambda p=point, c=contenders: measure_memory(p, c[0], seed))
+            found = _in_fork(functools.partial(measure_memory, point, contenders[0], seed))
         else:
             found = measure_memory(point, contenders[0], seed)
         print(json.dumps({"point": dataclasses.asdict(point), **found}), file=results, flush=True)
@@ -178,10 +179,14 @@ def _in_fork(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
-        os.close(reading)
-        with os.fdopen(writing, "w", encoding="utf-8") as pipe:
-            pipe.write(json.dumps(measure()))
-        os._exit(0)  # and run no clean-up of the parent's
+        code = 1
+        try:
+            os.close(reading)
+            with os.fdopen(writing, "w", encoding="utf-8") as pipe:
+                pipe.write(json.dumps(measure()))
+            code = 0
+        finally:
+            os._exit(code)  # whatever happens: the parent's further work is not ours
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as pipe:
         answer = pipe.read()
