@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The README's table and plots: both allocators, within ten minutes on two cores.
     "readme": {
         "tokens": [64, 196, 256, 1024, 4096],
-        "batch_size": 4,
+        "batch_size": 2,
         "allocators": ["default", "tuned"],
         "rounds": 7,
         "limit_seconds": 12.0,
