@@ -184,8 +184,9 @@ MODELS_FLAGS = (
         ("report", ["--output", "--sort", "--metric"]),
         ("select", [*SHARED_FLAGS, "--space", "--workers", "--no-final"]),
         ("models", MODELS_FLAGS),
+        ("benchmark", ["--preset", "--contenders", "--models", "--tokens", "--allocator"]),
     ],
-    ids=["train", "evaluate", "report", "select", "models"],
+    ids=["train", "evaluate", "report", "select", "models", "benchmark"],
 )
 def test_help_answers_at_once_without_torch(command, flags):
     code = (

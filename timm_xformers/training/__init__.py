@@ -14,5 +14,6 @@ as ours. Here lies one run, from a recipe to a record, in the order in which it 
   the one module that needs no extra.
 
 Rooms beside it: `images` (from files to batches), `comparing` (report), `selecting` (select),
-`planning` (what training costs, before it is paid) and `commands` (the flags of each command).
+`planning` (what training costs, before it is paid), `benchmarking` (how fast attention is) and
+`commands` (the flags of each command).
 """

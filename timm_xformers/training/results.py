@@ -24,6 +24,7 @@ from timm_xformers.training.metrics import Metrics, highest
 __all__ = [
     "Record",
     "environment",
+    "origin",
     "peak_memory_mib",
     "reset_peak_memory",
     "split_fields",
@@ -152,7 +153,14 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """The fields of a record about where it was made; all processes must call this together."""
-    device = accelerator.device
+    return {
+        **origin(accelerator.device),
+        "peak_memory_mib": highest(accelerator, peak_memory_mib(accelerator.device)),
+    }
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """Commit, versions, hardware and time of a measurement."""
     hardware: dict[str, Any] = {
         "cpu": _processor(),
         "cores": os.cpu_count(),
@@ -167,7 +175,6 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "commit": _commit(),
         "versions": _versions(),
         "hardware": hardware,
-        "peak_memory_mib": highest(accelerator, peak_memory_mib(device)),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
