@@ -233,7 +233,8 @@ def test_data_set_chooses_its_recipe(monkeypatch):
     assert recipe_of("") == load_recipe("digits", {})
     assert recipe_of("--data mnist --seed 4") == load_recipe("mnist", {"seed": 4})
     assert recipe_of("--data-dir x") == Recipe(data="folder", data_dir="x")
-    assert recipe_of("--data cifar10 --set lr=0.5") == Recipe(data="cifar10", lr=0.5)
+    assert recipe_of("--data cifar10 --set lr=0.5") == load_recipe("cifar10", {"lr": 0.5})
+    assert recipe_of("--data wds/x --set lr=0.5 epochs=3") == Recipe(data="wds/x", lr=0.5, epochs=3)
     assert recipe_of("--recipe mnist --data-dir x").data == "mnist"
     assert recipe_of("--data cifar10 --classes cat,3").classes == ["cat", "3"]
 
