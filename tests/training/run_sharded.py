@@ -38,7 +38,9 @@ def report_shards(open_session):
                     isinstance(m, torch.distributed.fsdp.FSDPModule) for m in model.modules()
                 )
                 share = sum(own) / session.num_params
-                print(f"shards: {share:.3f} of the numbers, {units} units", flush=True)
+                # In one piece: the processes' lines must not mix.
+                sys.stdout.write(f"shards: {share:.3f} of the numbers, {units} units\n")
+                sys.stdout.flush()
         return session
 
     return wrapper
