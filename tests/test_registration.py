@@ -303,20 +303,26 @@ def test_hook_imports_neither_torch_nor_timm(installed):
     """).check()
 
 
-def test_hook_costs_less_than_a_millisecond(installed):
-    # What torch has done before it asks for entry points does not count: imports, and listing its
-    # folder. Processor time, and the least of nine runs: a busy machine can only add to the cost.
+def test_hook_costs_little_beside_import_torch(installed):
+    # A ratio within one process, in processor time: a slow or busy machine slows both alike. What
+    # torch has done before it asks for entry points does not count.
     code = """
-        import importlib.metadata, importlib.util, time, warnings
+        import os, time
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+        start = time.process_time()
+        import torch
+        torch_s = time.process_time() - start
+        import importlib.metadata, importlib.util, sys, warnings
         importlib.util.find_spec("torch")
         points = importlib.metadata.entry_points(group="torch.backends")
         (point,) = [point for point in points if point.name == "timm_xformers"]
+        assert "timm_xformers" not in sys.modules
         start = time.process_time()
         point.load()()
-        print((time.process_time() - start) * 1e3)
+        print((time.process_time() - start) / torch_s)
     """
-    costs_ms = [float(installed.run(code).check()) for _ in range(9)]
-    assert min(costs_ms) <= 1.0, costs_ms
+    ratios = [float(installed.run(code).check()) for _ in range(3)]
+    assert min(ratios) <= 1 / 500, ratios
 
 
 def test_pickled_model_finds_its_class(forks, tmp_path):
