@@ -167,7 +167,7 @@ def _folder(recipe: Recipe, mode: str) -> Source:
     class_map = class_index(train)
     _refuse_empty_classes(train_root, class_map)
 
-    def held_out(wanted: str | None, usual: tuple[str, ...]) -> RawSplit | None:
+    def held_out(wanted: str | None, usual: tuple[str, ...]) -> Any:
         path = find(wanted, usual)
         if path is None:
             return None
@@ -179,13 +179,23 @@ def _folder(recipe: Recipe, mode: str) -> Source:
                 "make the folders agree."
             )
         # Numbers follow from the training folders: a class may be absent from a smaller split.
-        return raw_split(_open("", path, mode, search_split=False, class_map=class_map), mode)
+        return _open("", path, mode, search_split=False, class_map=class_map)
 
     val = held_out(recipe.val_split, VAL_NAMES)
     test = held_out(recipe.test_split, TEST_NAMES)
+    return _source(recipe, mode, train, val, test)
+
+
+def _source(recipe: Recipe, mode: str, train: Any, val: Any, test: Any) -> Source:
+    """Put timm's data sets together: a lone second split is for the test unless named otherwise."""
     if test is None and recipe.val_split is None:
         val, test = None, val
-    return Source(raw_split(train, mode), val, test, class_names(train))
+    return Source(
+        raw_split(train, mode),
+        None if val is None else raw_split(val, mode),
+        None if test is None else raw_split(test, mode),
+        class_names(train),
+    )
 
 
 def _refuse_empty_classes(root: Path, known: Collection[str]) -> None:
@@ -232,14 +242,7 @@ def _shards(recipe: Recipe, mode: str) -> Source:
             "correct --data-dir, or add --set train_split='NAME-{0000..0099}.tar'."
         )
     test, val = find(recipe.test_split, TEST_NAMES), find(recipe.val_split, VAL_NAMES)
-    if test is None and recipe.val_split is None:
-        val, test = None, val
-    return Source(
-        raw_split(train, mode),
-        None if val is None else raw_split(val, mode),
-        None if test is None else raw_split(test, mode),
-        class_names(train),
-    )
+    return _source(recipe, mode, train, val, test)
 
 
 def _scheme(name: str, recipe: Recipe, mode: str) -> Source:
@@ -269,14 +272,7 @@ def _scheme(name: str, recipe: Recipe, mode: str) -> Source:
     # torchvision's sets know two splits, and timm takes any other name for the second one.
     fixed = prefix == "torch" and test is not None and recipe.val_split is None
     val = None if fixed else find(recipe.val_split, VAL_NAMES)
-    if test is None and recipe.val_split is None:
-        val, test = None, val
-    return Source(
-        raw_split(train, mode),
-        None if val is None else raw_split(val, mode),
-        None if test is None else raw_split(test, mode),
-        class_names(train),
-    )
+    return _source(recipe, mode, train, val, test)
 
 
 def _quiet_datasets() -> None:
