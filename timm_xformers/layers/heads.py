@@ -212,10 +212,14 @@ class HeadsAttention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) to queries, keys and values, (B, H, N, D) each."""
-        B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        return q, k, v
+        # Three slices of the tokens' width: their gradients are put together in one copy, where
+        # slices of a rearranged tensor would be rearranged back in another.
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self._heads(q), self._heads(k), self._heads(v)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, H * D) to (B, H, N, D)."""
+        return x.unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool

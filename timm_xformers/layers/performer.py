@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_xformers.layers.blocked import blocked_performer, in_blocks
+from timm_xformers.layers.folded import folded_performer, pays_folded
 from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
 from timm_xformers.layers.linear import FEATURE_EPS, mix_features
 
@@ -81,16 +83,15 @@ def _performer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    projection: Tensor,
+    omega: Tensor,
     kernel: str,
-    attn_mask: Tensor | None,
-    is_causal: bool,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
-    logarithmic = kernel == "softmax" or kernel == "exp"
-    dtype = working_dtype(q.dtype, wide=logarithmic or is_causal)
-    omega = (projection * q.shape[-1] ** -0.25).to(dtype)
+    """The definition, all tokens at once; omega scaled, in the type of the features."""
+    dtype = omega.dtype
     q, k = q.to(dtype), k.to(dtype)
-    if not logarithmic:
+    if kernel != "softmax" and kernel != "exp":
         fq = _positive_features(q, omega, kernel)
         fk = _positive_features(k, omega, kernel)
         return mix_features(fq, fk, v.to(dtype), False, attn_mask, is_causal)
@@ -99,6 +100,22 @@ def _performer(
         # eq. 7: w . k' - |k'|^2 / 2.
         fk = fk - k.square().sum(dim=-1, keepdim=True) * (0.5 * k.shape[-1] ** -0.5)
     return mix_features(fq, fk, v, True, attn_mask, is_causal)
+
+
+def _fastest(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    kernel: str,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """`_performer`, in the order of its sums that suits the device and the size."""
+    elements = q.shape[0] * q.shape[1] * q.shape[2] * omega.shape[0]
+    if attn_mask is None and not is_causal and in_blocks(q, elements):
+        return blocked_performer(q, k, v, omega, kernel, plain=_performer)
+    return _performer(q, k, v, omega, kernel, attn_mask, is_causal)
 
 
 def performer_attention(
@@ -133,15 +150,16 @@ def performer_attention(
     Raises:
         ValueError: ``attn_mask`` differs between queries.
     """
-    out_dtype = v.dtype
+    wide = kernel == "softmax" or kernel == "exp" or is_causal
+    omega = (projection * q.shape[-1] ** -0.25).to(working_dtype(q.dtype, wide=wide))
     if torch.jit.is_scripting():
-        x = _performer(q, k, v, projection, kernel, attn_mask, is_causal)
+        x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
     elif autocasts(q.device.type):  # it would round exponents to three digits
         with torch.autocast(q.device.type, enabled=False):
-            x = _performer(q, k, v, projection, kernel, attn_mask, is_causal)
+            x = _fastest(q, k, v, omega, kernel, attn_mask, is_causal)
     else:
-        x = _performer(q, k, v, projection, kernel, attn_mask, is_causal)
-    return x.to(out_dtype)
+        x = _fastest(q, k, v, omega, kernel, attn_mask, is_causal)
+    return x.to(v.dtype)
 
 
 class PerformerAttention(HeadsAttention):
@@ -206,6 +224,29 @@ class PerformerAttention(HeadsAttention):
         return performer_attention(
             q, k, v, self.features, kernel=self.kernel, attn_mask=attn_mask, is_causal=is_causal
         )
+
+    @torch.jit.unused
+    def mix_sooner(self, x: Tensor) -> Tensor | None:
+        """Features taken from tokens, where that is less work and wanted in full precision."""
+        B, N, C = x.shape
+        H, D, m = self.num_heads, self.head_dim, self.num_features
+        if not in_blocks(x, B * H * N * m) or not self.projects_each_token():
+            return None
+        if autocasts("cpu") or x.dtype not in (torch.float32, torch.float64):
+            return None
+        if not pays_folded((B, N, C), H, D, m, self.kernel):
+            return None
+        omega = (self.features * D**-0.25).to(x.dtype)
+        weight, bias = self.qkv.weight, self.qkv.bias
+
+        def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            q, k, v = (
+                part.unflatten(-1, (H, D)).transpose(1, 2)
+                for part in F.linear(x, weight, bias).chunk(3, dim=-1)
+            )
+            return _performer(q, k, v, omega, self.kernel).transpose(1, 2).flatten(2)
+
+        return folded_performer(x, weight, bias, omega, self.kernel, plain)
 
     def extra_repr(self) -> str:
         """Kernel and feature count, for printing."""
