@@ -1,4 +1,4 @@
-"""Performer attention in blocks against the same in plain order."""
+"""Performer attention in blocks against the same layer in plain order."""
 
 import functools
 
@@ -7,67 +7,57 @@ import timm.layers
 import torch
 
 from timm_xformers.layers import blocked, performer
-from timm_xformers.layers.factory import attention_class
-from timm_xformers.layers.performer import KERNELS, orthogonal_directions, performer_attention
+from timm_xformers.layers.performer import PerformerAttention
+
+KERNELS = ("relu", "gelu", "elu")
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Two images of nine tokens make a block, and no size is too small for blocks."""
-    monkeypatch.setattr(blocked, "BLOCK_TOKENS", 18)
+@pytest.fixture(autouse=True, params=[1, 18, 1 << 20], ids=["heads", "images", "all"])
+def block_sizes(request, monkeypatch):
+    """A head or two images or everything makes a block, and no size is too small for blocks."""
+    monkeypatch.setattr(blocked, "BLOCK_TOKENS", request.param)
     monkeypatch.setattr(blocked, "LEAST_FEATURES", 0)
 
 
-def draw(B, H, N, D, S=None, dtype=torch.float64, scale=1.0, seed=0):
-    """Queries, keys and values as a joint projection of tokens leaves them: (B, N, H, D) behind."""
+def build(kernel="relu", m=16, **kwargs):
+    torch.manual_seed(0)
+    return PerformerAttention(
+        16, 2, kernel=kernel, num_features=m, qkv_bias=True, **kwargs
+    ).double()
+
+
+def tokens(B, N, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    return [
-        (scale * torch.randn(B, n, H, D, generator=rng, dtype=torch.float64))
-        .to(dtype)
-        .transpose(1, 2)
-        .requires_grad_()
-        for n in (N, S or N, S or N)
-    ]
+    return torch.randn(B, N, 16, generator=rng, dtype=torch.float64, requires_grad=True)
 
 
-def plainly(monkeypatch, *args):
+def plainly(monkeypatch, layer, x):
     with monkeypatch.context() as patch:
         patch.setattr(blocked, "LEAST_FEATURES", 1 << 62)
-        return performer_attention(*args)
+        patch.setattr(performer, "blocked_performer", None)
+        return layer(x)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    ("B", "H", "N", "S", "D", "m"),
-    [(1, 1, 1, 1, 4, 3), (5, 2, 9, 9, 8, 16), (3, 2, 9, 4, 8, 5), (2, 3, 37, 37, 16, 32)],
-)
-def test_values_and_gradients_are_those_of_the_plain_order(monkeypatch, B, H, N, S, D, m, kernel):
-    inputs = draw(B, H, N, D, S)
-    omega = orthogonal_directions(m, D, seed=1).double()
-    out = performer_attention(*inputs, omega, kernel)
-    plain = plainly(monkeypatch, *inputs, omega, kernel)
-    assert type(out.grad_fn) is not type(plain.grad_fn)
+@pytest.mark.parametrize(("B", "N", "m"), [(1, 1, 3), (5, 9, 16), (3, 37, 5)])
+def test_values_and_gradients_are_those_of_the_plain_order(monkeypatch, B, N, m, kernel):
+    layer, x = build(kernel, m), tokens(B, N)
+    out = layer(x)
+    plain = plainly(monkeypatch, layer, x)
     torch.testing.assert_close(out, plain)
     upstream = torch.randn_like(out)
-    torch.testing.assert_close(
-        torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(plain, inputs, upstream)
-    )
+    wanted = [x, *layer.parameters()]
+    ours = torch.autograd.grad(out, wanted, upstream)
+    theirs = torch.autograd.grad(plain, wanted, upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradient_and_its_gradient(kernel):
-    omega = orthogonal_directions(6, 4, seed=2).double()
-    inputs = [x.detach().requires_grad_() for x in draw(2, 2, 5, 4, seed=3)]
-
-    def attention(q, k, v):
-        return performer_attention(q, k, v, omega, kernel)
-
-    # Away from zero, where relu has a kink.
-    assert torch.autograd.gradcheck(attention, inputs)
-    assert torch.autograd.gradgradcheck(attention, inputs)
-    q, k, v = inputs
-    only_v = torch.autograd.grad(attention(q.detach(), k.detach(), v).sum(), v, create_graph=True)
-    assert only_v[0].isfinite().all()
+    layer, x = build(kernel, 6), tokens(2, 3, seed=3)
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -76,73 +66,72 @@ def test_gradient_and_its_gradient(kernel):
 def test_every_precision_is_finite_and_as_good_as_the_plain_order(
     monkeypatch, kernel, dtype, scale
 ):
-    inputs = draw(3, 2, 37, 8, dtype=dtype, scale=scale)
-    omega = orthogonal_directions(16, 8, seed=1).to(dtype)
-    rng = torch.Generator().manual_seed(4)
-    upstream = (torch.randn(3, 2, 37, 8, generator=rng) / max(scale, 1.0)).to(dtype)
+    rng = torch.Generator().manual_seed(0)
+    qkv = (scale * torch.randn(3, 37, 3, 2, 8, generator=rng)).to(dtype)
+    omega = torch.randn(16, 8, generator=rng).to(dtype)
+    upstream = (torch.randn(3, 37, 16, generator=rng) / max(scale, 1.0)).to(dtype)
+
+    def plain(qkv, omega):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return performer._performer(q, k, v, omega, kernel).transpose(1, 2).flatten(2)
 
     def run(attention, dtype):
-        wide = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out = attention(*wide, omega.to(dtype), kernel)
-        return out, *torch.autograd.grad(out, wide, upstream.to(dtype))
+        given = qkv.detach().to(dtype).requires_grad_()
+        # As the layer has it: sums of float16 features need a wider type.
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        out = attention(given, omega.to(wide)).to(dtype)
+        return out, *torch.autograd.grad(out, given, upstream.to(dtype))
 
-    ours = run(performer_attention, dtype)
-    plain = run(functools.partial(plainly, monkeypatch), dtype)
-    exact = run(functools.partial(plainly, monkeypatch), torch.float64)
-    assert ours[0].dtype == dtype
-    for mine, other, true in zip(ours, plain, exact, strict=True):
+    in_blocks = functools.partial(
+        blocked.blocked_performer, kernel=kernel, plain=performer._performer
+    )
+    true = run(plain, torch.float64)
+    for mine, other, exact in zip(run(in_blocks, dtype), run(plain, dtype), true, strict=True):
+        assert mine.dtype == dtype
         assert mine.isfinite().all()
-        # The kernels without exponentials take the mixed values as they were handed out, rounded.
-        allowed = 4 * (other - true).norm() + 1e-6 * true.norm()
-        # Where one weight takes all, the gradient of what chose it is rounding alone.
-        allowed += torch.finfo(dtype).eps * min(scale, 1.0) ** 2
-        assert (mine - true).norm() <= allowed
+        # Blocks take the mixed values for the gradient as they were handed out, rounded.
+        allowed = 4 * (other - exact).norm() + 1e-6 * exact.norm()
+        assert (mine - exact).norm() <= allowed
 
 
-@pytest.mark.parametrize("kernel", ["relu", "softmax"])
-def test_cutting_into_blocks_changes_nothing(monkeypatch, kernel):
-    layer = attention_class(f"performer_{kernel}_m32")(32, 4)
-    x = torch.randn(7, 9, 32, requires_grad=True)
-    out = layer(x)
-    grad = torch.autograd.grad(out.square().sum(), x)
-    monkeypatch.setattr(blocked, "BLOCK_TOKENS", 1 << 20)
-    whole = layer(x)
-    torch.testing.assert_close(out, whole)
-    torch.testing.assert_close(grad, torch.autograd.grad(whole.square().sum(), x))
-
-
-@pytest.mark.parametrize("kernel", ["relu", "softmax"])
-def test_an_image_does_not_depend_on_its_batch(kernel):
-    layer = attention_class(f"performer_{kernel}_m32")(32, 4)
-    x = torch.randn(5, 9, 32)
-    other = x.clone()
-    other[1:] = 100 * torch.randn(4, 9, 32)
+def test_an_image_does_not_depend_on_its_batch():
+    layer, x = build(), tokens(5, 9)
+    other = torch.cat([x[:1], 100 * tokens(4, 9, seed=1)])
     assert torch.equal(layer(x)[0], layer(other)[0])
 
 
+def test_under_autocast(monkeypatch):
+    layer, x = build().float(), tokens(3, 37).float().detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, plain = layer(x), plainly(monkeypatch, layer, x)
+        out.float().square().sum().backward()
+    assert out.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(out, plain, atol=0.02, rtol=0.05)
+
+
 def test_chosen_where_it_pays_only(monkeypatch):
-    q = draw(2, 2, 9, 8, dtype=torch.float32)[0]
-    assert blocked.in_blocks(q, 576)
-    assert not blocked.in_blocks(q.to("meta"), 576)
+    x = tokens(2, 9)
+    assert blocked.in_blocks(x, 576)
+    assert not blocked.in_blocks(x.to("meta"), 576)
     timm.layers.set_fused_attn(False)
     try:
-        assert not blocked.in_blocks(q, 576)
+        assert not blocked.in_blocks(x, 576)
     finally:
         timm.layers.set_fused_attn()
     monkeypatch.undo()
-    assert not blocked.in_blocks(q, 576)
-    assert blocked.in_blocks(q, 8 * 4 * 1025 * 64)
+    assert not blocked.in_blocks(x, 576)
+    assert blocked.in_blocks(x, 8 * 4 * 1025 * 64)
 
 
-def test_masks_take_the_plain_order(monkeypatch):
+def test_masks_norms_and_exponentials_take_the_plain_order(monkeypatch):
     def refuse(*args, **kwargs):
-        raise AssertionError("blocks have no masks")
+        raise AssertionError("blocked")
 
     monkeypatch.setattr(performer, "blocked_performer", refuse)
-    q, k, v = draw(2, 2, 9, 8)
-    omega = orthogonal_directions(16, 8, seed=1).double()
-    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    assert performer_attention(q, k, v, omega, attn_mask=mask).isfinite().all()
-    assert performer_attention(q, k, v, omega, is_causal=True).isfinite().all()
-    with pytest.raises(AssertionError, match="no masks"):
-        performer_attention(q, k, v, omega)
+    x = tokens(2, 9)
+    with pytest.raises(AssertionError, match="blocked"):
+        build()(x)
+    build()(x, attn_mask=torch.ones(2, 1, 1, 9, dtype=torch.bool))
+    build()(x, is_causal=True)
+    build("softmax")(x)
+    build(qk_norm=True, norm_layer=torch.nn.LayerNorm)(x)

@@ -1,12 +1,16 @@
-"""Performer attention on a CPU, one head of a few images at a time, with its gradient by hand.
+"""Performer attention on a CPU, a few heads at a time, with its gradient by hand.
 
-The same sums as `linear.positive_mix` and `linear.exponential_mix`, in another order. There the
-features of all heads and images are written to memory, read again several times, and kept for the
-gradient: they are the largest tensors of the layer, and fetching them takes longer than computing
-them. Here a block of features stays in a core's own cache, and the backward pass draws it up again
-from queries and keys, which costs two of its ten products.
+The same sums as `linear.positive_mix` in another order. There the features of all images are
+written to memory, read again several times, and kept for the gradient: they are the largest tensors
+of the layer, and fetching them takes longer than computing them. Here a block of features stays in
+the cache, and the backward pass draws it up again from queries and keys, which costs two of its ten
+products.
 
-Symbols as in `performer`: q and k (N, D), v (N, E), omega (m, D) scaled by D^(-1/4).
+Only for features without exponentials. Those with them (``softmax``, ``exp``) were tried: drawn up
+again they were slower than the plain order, and kept they gained nothing in training.
+
+Symbols as in `performer`: q and k (N, D), v (N, E), omega (m, D) scaled by D^(-1/4); a block has h
+heads, of one image or of several.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +24,7 @@ from torch.nn import functional as F
 from timm_xformers.layers.linear import FEATURE_EPS
 
 __all__ = [
-    "LOGARITHMIC",
+    "Plain",
     "blocked_performer",
     "blocks",
     "in_blocks",
@@ -28,12 +32,12 @@ __all__ = [
     "positive_slope",
 ]
 
-# Rows of a block and thread: 1,024 tokens of 64 features for queries and keys are half a MiB.
-BLOCK_TOKENS = 1024
-# Features, in elements, below which the calls of the loop cost more than they save.
-LEAST_FEATURES = 1 << 19
+# Tokens of a block, over its heads: 4,096 with 64 features for queries and keys are two MiB.
+BLOCK_TOKENS = 4096
+# Features, in elements, below which nothing is gained.
+LEAST_FEATURES = 1 << 17
 
-LOGARITHMIC = ("softmax", "exp")
+Plain = Callable[..., Tensor]
 
 
 def in_blocks(x: Tensor, num_elements: int) -> bool:
@@ -51,129 +55,134 @@ def in_blocks(x: Tensor, num_elements: int) -> bool:
     return not torch.jit.is_tracing() and use_fused_attn() and num_elements >= LEAST_FEATURES
 
 
-def blocked_performer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    omega: Tensor,
-    kernel: str,
-    plain: Callable[[Tensor, Tensor, Tensor, Tensor, str], Tensor],
-) -> Tensor:
+def blocks(num_images: int, num_heads: int, num_tokens: int) -> Iterator[slice | tuple[int, slice]]:
+    """Slices of images, or of the heads of one image, with about `BLOCK_TOKENS` tokens together."""
+    heads = max(1, round(BLOCK_TOKENS / max(1, num_tokens)))
+    if heads >= num_heads:
+        step = heads // num_heads
+        yield from (slice(i, i + step) for i in range(0, num_images, step))
+    else:
+        for i in range(num_images):
+            yield from ((i, slice(h, h + heads)) for h in range(0, num_heads, heads))
+
+
+def blocked_performer(qkv: Tensor, omega: Tensor, kernel: str, plain: Plain) -> Tensor:
     """Performer attention without masks.
 
     Args:
-        q: Queries (B, H, N, D).
-        k: Keys (B, H, S, D).
-        v: Values (B, H, S, E).
+        qkv: Queries, keys and values side by side (B, N, 3, H, D), as one projection gives them.
         omega: Directions (m, D), scaled by D^(-1/4), in the type of the features.
-        kernel: One of `performer.KERNELS`.
-        plain: The same of the first five arguments, in operations that PyTorch differentiates:
-            used where somebody wants a derivative of the gradient.
+        kernel: ``relu``, ``gelu`` or ``elu``.
+        plain: The same of queries, keys and values (B, H, N, D), ``omega`` and ``kernel``, in
+            operations that PyTorch differentiates: used where somebody wants a derivative of the
+            gradient.
 
     Returns:
-        (B, H, N, E) in the type of ``v``, laid out as (B, N, H, E).
+        (B, N, H * D), in the type of ``qkv``.
     """
-    out: Tensor = _Blocked.apply(q, k, v, omega, kernel, plain)[0]  # type: ignore[no-untyped-call]
+    out: Tensor = _Blocked.apply(qkv, omega, kernel, plain)[0]  # type: ignore[no-untyped-call]
     return out
 
 
+def _heads(qkv: Tensor) -> tuple[Tensor, ...]:
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
 class _Blocked(torch.autograd.Function):
-    """Values and gradients; the second derivative is that of the plain order."""
+    """Values and gradients; queries, keys and values share a tensor, and so do their gradients."""
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str, plain: object
+        qkv: Tensor, omega: Tensor, kernel: str, plain: Plain
     ) -> tuple[Tensor, Tensor, Tensor]:
-        B, H, N, _ = q.shape
-        m, width = omega.shape[0], v.shape[-1]
-        out = v.new_empty(B, N, H, width).transpose(1, 2)
-        # What the gradient wants besides is small beside the features: the state, in a type that
-        # holds it, and what normalises it.
-        if kernel in LOGARITHMIC:
-            forward, state = _exponential, v.new_empty(H, B, m, width)
-            norms = omega.new_empty(H, B, m, 1)
-        else:
-            forward, state = _positive, omega.new_empty(H, B, m, width)
-            norms = omega.new_empty(H, B, N, 1)
-        for h, images in blocks(H, B, N):
-            block = q[images, h], k[images, h], v[images, h]
-            out[images, h], state[h, images], norms[h, images] = forward(*block, omega, kernel)
-        return out, state, norms
+        B, N, _, H, D = qkv.shape
+        out = qkv.new_empty(B, N, H, D)
+        # What the gradient wants besides is small beside the features. It has their type: sums of
+        # features outgrow float16.
+        state, norm = omega.new_empty(B, H, omega.shape[0], D), omega.new_empty(B, H, N, 1)
+        q, k, v = _heads(qkv)
+        for at in blocks(B, H, N):
+            found = _mix(_flat(q[at]), _flat(k[at]), _flat(v[at]), omega, kernel)
+            for whole, piece in zip((out.transpose(1, 2), state, norm), found, strict=True):
+                whole[at] = piece.view(whole[at].shape)
+        return out.flatten(2), state, norm
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        q, k, v, omega, ctx.kernel, ctx.plain = inputs
+        qkv, omega, ctx.kernel, ctx.plain = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(q, k, v, omega, *output)
+        ctx.save_for_backward(qkv, omega, *output)
 
     @staticmethod
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-        with torch.autocast("cpu", enabled=False):  # as the forward pass had it
-            return _gradient(ctx, grad)
+        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+            return _gradient_plain(ctx, grad), None, None, None
+        with torch.autocast("cpu", enabled=False):  # as the forward pass has it
+            return _gradient(ctx, grad), None, None, None
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, omega, out, state, norms = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a derivative of this derivative is wanted
-        out = ctx.plain(q, k, v, omega, ctx.kernel)
-        wanted = [x for x in (q, k, v) if x.requires_grad]
-        grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-        return *(next(grads) if x.requires_grad else None for x in (q, k, v)), None, None, None
-    # Laid out as the projections of tokens are, so that what follows need not rearrange it.
-    dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-    backward = _exponential_backward if ctx.kernel in LOGARITHMIC else _positive_backward
-    for h, images in blocks(q.shape[1], q.shape[0], q.shape[2]):
-        block = q[images, h], k[images, h], v[images, h], out[images, h], grad[images, h]
-        sums = state[h, images], norms[h, images]
-        dq[images, h], dk[images, h], dv[images, h] = backward(
-            *block, *sums, omega, ctx.kernel
-        )
-    return dq, dk, dv, None, None, None
+def _gradient_plain(ctx: Any, grad: Tensor) -> Tensor:
+    qkv, omega, *_ = ctx.saved_tensors
+    out = ctx.plain(*_heads(qkv), omega, ctx.kernel).transpose(1, 2).flatten(2)
+    return torch.autograd.grad(out, qkv, grad, create_graph=True)[0]
 
 
-def blocks(num_heads: int, num_images: int, num_tokens: int) -> Iterator[tuple[int, slice]]:
-    """Heads, and slices of images that hold about `BLOCK_TOKENS` tokens for each thread."""
-    step = max(1, BLOCK_TOKENS * torch.get_num_threads() // max(1, num_tokens))
-    for h in range(num_heads):
-        for start in range(0, num_images, step):
-            yield h, slice(start, start + step)
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    qkv, omega, out, state, norm = ctx.saved_tensors
+    B, N, _, H, _ = qkv.shape
+    found = torch.empty_like(qkv)
+    out, grad = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in (out, grad))
+    for at in blocks(B, H, N):
+        given = (_flat(x[at]) for x in (*_heads(qkv), out, grad, state, norm))
+        pieces = _mix_backward(*given, omega, ctx.kernel)
+        for whole, piece in zip(_heads(found), pieces, strict=True):
+            whole[at] = piece.view(whole[at].shape)
+    return found
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A block of (h, N, D) as it is, or one of several images (b, H, N, D) as (b * H, N, D)."""
+    return x.reshape(-1, *x.shape[-2:])
 
 
 def positive_features(y: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
     """phi(y), and the tensor from which its slope is found; may reuse the memory of ``y``."""
     if kernel == "gelu":
         return F.gelu(y).add_(0.17 + FEATURE_EPS), y
-    if kernel == "relu":
-        phi = y.clamp_min_(0).add_(FEATURE_EPS)
-    else:
-        phi = F.elu_(y).add_(1 + FEATURE_EPS)
+    y, shift = (y.clamp_min_(0), 0) if kernel == "relu" else (F.elu_(y), 1)
+    phi = y.add_(shift + FEATURE_EPS)
     return phi, phi
 
 
 def positive_slope(grad: Tensor, known: Tensor, kernel: str) -> Tensor:
     """Gradient of y from that of phi(y); may reuse the memory of ``grad``."""
     if kernel == "gelu":
-        return torch.ops.aten.gelu_backward(grad, known)
-    if kernel == "relu":
-        return torch.ops.aten.threshold_backward(grad, known, FEATURE_EPS)
-    # elu' = 1 above zero, where phi > 1 + eps, and exp(y) = phi - eps below.
-    return grad.mul_((known - FEATURE_EPS).clamp_max_(1))
+        found: Tensor = torch.ops.aten.gelu_backward(grad, known)
+    elif kernel == "relu":
+        found = torch.ops.aten.threshold_backward(grad, known, FEATURE_EPS)
+    else:  # elu' = 1 above zero, where phi > 1 + eps, and exp(y) = phi - eps below
+        found = grad.mul_((known - FEATURE_EPS).clamp_max_(1))
+    return found
 
 
-def _positive(
+def _project(x: Tensor, omega: Tensor) -> Tensor:
+    """(h, N, D) to (h, N, m). A batched product reads slices of a joint projection in place."""
+    return torch.bmm(x.to(omega.dtype), omega.T.expand(x.shape[0], -1, -1))
+
+
+def _mix(
     q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One head: (b, N, E), the state (b, m, E), and the normaliser of each query (b, N, 1)."""
-    dtype = omega.dtype
-    phi_k, _ = positive_features(F.linear(k.to(dtype), omega), kernel)
-    state = phi_k.transpose(1, 2) @ v.to(dtype)
-    total = phi_k.sum(dim=1).unsqueeze(-1)  # (b, m, 1)
-    phi_q, _ = positive_features(F.linear(q.to(dtype), omega), kernel)
-    norm = phi_q @ total
-    return (phi_q @ state).div_(norm), state, norm
+    """Mixed values (h, N, E), the state (h, m, E), and the normaliser of each query (h, N, 1)."""
+    phi_k, _ = positive_features(_project(k, omega), kernel)
+    state = torch.bmm(phi_k.transpose(1, 2), v.to(omega.dtype))
+    total = phi_k.sum(dim=1).unsqueeze(-1)  # (h, m, 1)
+    phi_q, _ = positive_features(_project(q, omega), kernel)
+    norm = torch.bmm(phi_q, total)
+    return torch.bmm(phi_q, state).div_(norm), state, norm
 
 
-def _positive_backward(
+def _mix_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -184,76 +193,16 @@ def _positive_backward(
     omega: Tensor,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = omega.dtype
-    state = state.to(dtype)
-    values = v.to(dtype)
-    phi_k, slope_k = positive_features(F.linear(k.to(dtype), omega), kernel)
-    phi_q, slope_q = positive_features(F.linear(q.to(dtype), omega), kernel)
-    total = phi_k.sum(dim=1, keepdim=True)  # (b, 1, m)
+    phi_k, slope_k = positive_features(_project(k, omega), kernel)
+    phi_q, slope_q = positive_features(_project(q, omega), kernel)
+    total = phi_k.sum(dim=1, keepdim=True)  # (h, 1, m)
     d_sum = grad / norm  # of phi_q @ state
-    d_norm = (d_sum * out).sum(dim=-1, keepdim=True).neg_()  # (b, N, 1)
-    d_state = phi_q.transpose(1, 2) @ d_sum  # (b, m, E)
-    d_total = d_norm.transpose(1, 2) @ phi_q  # (b, 1, m)
-    dv = phi_k @ d_state
-    d_phi_q = torch.baddbmm(d_norm * total, d_sum, state.transpose(1, 2))
-    d_phi_k = torch.baddbmm(d_total, values, d_state.transpose(1, 2))
+    d_norm = (d_sum * out).sum(dim=-1, keepdim=True).neg_()  # (h, N, 1)
+    d_state = torch.bmm(phi_q.transpose(1, 2), d_sum)  # (h, m, E)
+    d_total = torch.bmm(d_norm.transpose(1, 2), phi_q)  # (h, 1, m)
+    dv = torch.bmm(phi_k, d_state)
+    d_phi_q = torch.bmm(d_sum, state.transpose(1, 2)).addcmul_(d_norm, total)
+    d_phi_k = torch.bmm(v.to(omega.dtype), d_state.transpose(1, 2)).add_(d_total)
     dq = positive_slope(d_phi_q, slope_q, kernel) @ omega
     dk = positive_slope(d_phi_k, slope_k, kernel) @ omega
     return dq, dk, dv
-
-
-def _log_features(q: Tensor, k: Tensor, omega: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """Log-features of queries (up to a constant per query) and of keys, (b, N, m) each."""
-    log_q, log_k = F.linear(q, omega), F.linear(k, omega)
-    if kernel == "softmax":
-        log_k -= k.square().sum(dim=-1, keepdim=True).mul_(0.5 * k.shape[-1] ** -0.5)
-    return log_q, log_k
-
-
-def _exponential(
-    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One head: (b, N, E), the state (b, m, E), and L of each feature (b, m, 1)."""
-    dtype = omega.dtype
-    log_q, log_k = _log_features(q.to(dtype), k.to(dtype), omega, kernel)
-    top = log_k.amax(dim=1, keepdim=True)  # (b, 1, m)
-    weights = log_k.sub_(top).exp_()
-    total = weights.sum(dim=1, keepdim=True)
-    if v.dtype == dtype:
-        state = (weights.transpose(1, 2) @ v).div_(total.transpose(1, 2))
-    else:  # half precision: weights that sum to one keep the product in range
-        state = weights.div_(total).to(v.dtype).transpose(1, 2) @ v
-    log_total = total.log_().add_(top)
-    mixture = log_q.add_(log_total).softmax(dim=-1)
-    return mixture.to(v.dtype) @ state, state, log_total.transpose(1, 2)
-
-
-def _exponential_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    grad: Tensor,
-    state: Tensor,
-    log_total: Tensor,
-    omega: Tensor,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = omega.dtype
-    wide_q, wide_k = q.to(dtype), k.to(dtype)
-    log_q, log_k = _log_features(wide_q, wide_k, omega, kernel)
-    log_total = log_total.transpose(1, 2)  # (b, 1, m)
-    mixture = log_q.add_(log_total).softmax(dim=-1)  # rows sum to one
-    weights = log_k.sub_(log_total).exp_()  # columns sum to one
-    d_state = mixture.to(v.dtype).transpose(1, 2) @ grad  # (b, m, E)
-    dv = weights.to(v.dtype) @ d_state
-    d_mixture = (grad @ state.transpose(1, 2)).to(dtype)
-    d_log_q = torch._softmax_backward_data(d_mixture, mixture, -1, dtype)
-    d_weights = (v @ d_state.transpose(1, 2)).to(dtype)
-    # L stands beside the queries' features too, and is a logsumexp of the keys'.
-    d_log_k = torch._softmax_backward_data(d_weights, weights, 1, dtype)
-    d_log_k.addcmul_(weights, d_log_q.sum(dim=1, keepdim=True))
-    dk = d_log_k @ omega
-    if kernel == "softmax":
-        dk -= wide_k * d_log_k.sum(dim=-1, keepdim=True).mul_(k.shape[-1] ** -0.5)
-    return d_log_q @ omega, dk, dv

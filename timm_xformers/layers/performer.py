@@ -102,22 +102,6 @@ def _performer(
     return mix_features(fq, fk, v, True, attn_mask, is_causal)
 
 
-def _fastest(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    omega: Tensor,
-    kernel: str,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-) -> Tensor:
-    """`_performer`, in the order of its sums that suits the device and the size."""
-    elements = q.shape[0] * q.shape[1] * q.shape[2] * omega.shape[0]
-    if attn_mask is None and not is_causal and in_blocks(q, elements):
-        return blocked_performer(q, k, v, omega, kernel, plain=_performer)
-    return _performer(q, k, v, omega, kernel, attn_mask, is_causal)
-
-
 def performer_attention(
     q: Tensor,
     k: Tensor,
@@ -156,9 +140,9 @@ def performer_attention(
         x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
     elif autocasts(q.device.type):  # it would round exponents to three digits
         with torch.autocast(q.device.type, enabled=False):
-            x = _fastest(q, k, v, omega, kernel, attn_mask, is_causal)
+            x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
     else:
-        x = _fastest(q, k, v, omega, kernel, attn_mask, is_causal)
+        x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
     return x.to(v.dtype)
 
 
@@ -227,26 +211,35 @@ class PerformerAttention(HeadsAttention):
 
     @torch.jit.unused
     def mix_sooner(self, x: Tensor) -> Tensor | None:
-        """Features taken from tokens, where that is less work and wanted in full precision."""
-        B, N, C = x.shape
-        H, D, m = self.num_heads, self.head_dim, self.num_features
-        if not in_blocks(x, B * H * N * m) or not self.projects_each_token():
+        """Features taken from tokens where that is less work, or in blocks."""
+        B, N, _ = x.shape
+        H, D, m, kernel = self.num_heads, self.head_dim, self.num_features, self.kernel
+        if not self.projects_each_token():
             return None
+        omega = self.features * D**-0.25
+        elements = B * H * N * m
+        if in_blocks(x, elements) and self._may_fold(x):
+
+            def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                qkv = F.linear(x, weight, bias).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+                return _performer(*qkv, omega, kernel).transpose(1, 2).flatten(2)
+
+            return folded_performer(x, self.qkv.weight, self.qkv.bias, omega, kernel, plain)
+        # Without a gradient to find, the plain order is the faster one for longer.
+        elements = elements if torch.is_grad_enabled() else elements // 4
+        if kernel in ("softmax", "exp") or not in_blocks(x, elements):
+            return None
+        qkv = self.qkv(x).unflatten(-1, (3, H, D))
+        omega = omega.to(working_dtype(qkv.dtype, wide=False))
+        with torch.autocast("cpu", enabled=False):
+            return blocked_performer(qkv, omega, kernel, _performer)
+
+    def _may_fold(self, x: Tensor) -> bool:
+        """Whether folding is less work, and nobody asked for half precision."""
         if autocasts("cpu") or x.dtype not in (torch.float32, torch.float64):
-            return None
-        if not pays_folded((B, N, C), H, D, m, self.kernel):
-            return None
-        omega = (self.features * D**-0.25).to(x.dtype)
-        weight, bias = self.qkv.weight, self.qkv.bias
-
-        def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            q, k, v = (
-                part.unflatten(-1, (H, D)).transpose(1, 2)
-                for part in F.linear(x, weight, bias).chunk(3, dim=-1)
-            )
-            return _performer(q, k, v, omega, self.kernel).transpose(1, 2).flatten(2)
-
-        return folded_performer(x, weight, bias, omega, self.kernel, plain)
+            return False
+        shape = x.shape[0], x.shape[1], x.shape[2]
+        return pays_folded(shape, self.num_heads, self.head_dim, self.num_features, self.kernel)
 
     def extra_repr(self) -> str:
         """Kernel and feature count, for printing."""
