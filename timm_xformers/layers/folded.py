@@ -227,7 +227,7 @@ class _Maps:
                 self.d_bias[1] += d_keys.sum(dim=0).view_as(self.d_bias[1])
 
     def values(self, sums: Tensor, total: Tensor | None) -> Tensor:
-        """Sums of tokens (H, m, C) to those of values (H, m, D); weights add up to ``total`` or 1."""
+        """Sums of tokens (H, m, C) to sums of values (H, m, D); weights add to ``total`` or 1."""
         context = torch.bmm(sums, self.weight[2].transpose(1, 2))
         if self.bias is not None:
             shift = self.bias[2].unsqueeze(1)  # (H, 1, D)
