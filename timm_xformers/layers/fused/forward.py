@@ -140,4 +140,5 @@ def mix(
         weights = query_weights(project(x, omega), norm, KERNEL, LOGARITHMIC)
         mixed = product(weights, context, PRECISION)
         mixed = mixed / tl.maximum(tl.sum(weights, axis=1), 1e-30)[:, None]
-        tl.store(rows_of(out, start, out_n, BLOCK_N, E), mixed.to(out.dtype.element_ty), mask=inside)
+        mixed = mixed.to(out.dtype.element_ty)
+        tl.store(rows_of(out, start, out_n, BLOCK_N, E), mixed, mask=inside)
