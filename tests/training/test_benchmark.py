@@ -5,6 +5,9 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pytest
 import timm
@@ -23,7 +26,13 @@ from timm_xformers.training.benchmarking.compare import (
 )
 from timm_xformers.training.benchmarking.layers import build_contender
 from timm_xformers.training.benchmarking.plots import plot_benchmark
-from timm_xformers.training.benchmarking.settings import CONTENDERS, Contender, Point, Settings
+from timm_xformers.training.benchmarking.settings import (
+    CONTENDERS,
+    PRESETS,
+    Contender,
+    Point,
+    Settings,
+)
 from timm_xformers.training.benchmarking.steps import make_step
 from timm_xformers.training.benchmarking.tables import csv_text, markdown, timm_csv_text
 from timm_xformers.training.benchmarking.timing import HostStopwatch, run_rounds, warm_up
@@ -155,6 +164,28 @@ def test_plan_has_peers_after_ours_and_the_baseline_first(tmp_path):
     assert [c.label for c in plan.contenders_of(both)][:2] == ["softmax", "softmax, compiled"]
     assert plan.baseline_of(both).mode == "eager"
     assert plan.baseline_of(dataclasses.replace(both, modes=("compiled",))).mode == "compiled"
+    names = ("performer_relu_m64", "performer_learned_m64", "nystrom_l64")
+    kernels = dataclasses.replace(both, contenders=names, modes=("eager", "fused"))
+    assert [c.label for c in plan.contenders_of(kernels)] == [
+        "softmax",
+        "performer_relu_m64",
+        "performer_relu_m64, fused",
+        "performer_learned_m64",
+        "nystrom_l64",
+    ]
+    alone = dataclasses.replace(kernels, modes=("fused",))
+    assert plan.contenders_of(alone) == plan.contenders_of(kernels)
+    assert plan.baseline_of(alone) == plan.contenders_of(alone)[0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_settings_whose_contenders_fit(preset, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plan, "shared_memory", lambda *device: 1)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in PRESETS[preset].items()}
+    settings = plan.check(Settings(output=tmp_path, **values))
+    assert plan.baseline_of(settings) in plan.contenders_of(settings)
+    assert plan.points_of(settings)
 
 
 def test_plan_has_every_point_and_own_shapes(tmp_path):
@@ -395,6 +426,25 @@ def test_compiled_layers_have_their_compile_time_apart(tmp_path):
     assert seconds["performer_relu_m16, compiled"] > 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_fused_layers_run_the_kernels_or_are_left_out(tmp_path):
+    command = (
+        "-m timm_xformers benchmark --contenders performer_relu_m16 performer_relu_m256 --shape "
+        "S32 --no-peers --tokens 64 --batch-size 1 --rounds 1 --modes eager fused --output"
+    )
+    environ = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    output = tmp_path / "done"
+    given = [sys.executable, *command.split(), str(output)]
+    result = subprocess.run(given, env=environ, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((output / "benchmark.json").read_text())
+    labels = {row["label"] for row in found["rows"]}
+    assert {"performer_relu_m16, fused", "performer_relu_m256"} < labels
+    assert "performer_relu_m256, fused" not in labels
+    assert "the kernels do not take this shape" in str(found["left_out"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -414,6 +464,7 @@ def test_compiled_layers_have_their_compile_time_apart(tmp_path):
         ("--baseline vix_softmax", "--baseline chooses among --models"),
         ("--models vix_softmax --baseline vix_softmx", "nearest: vix_softmax"),
         ("--preset readmi", "nearest: readme"),
+        ("--device cpu --modes fused", "--modes fused needs a GPU of compute capability 8.0"),
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_is_measured(arguments, words, tmp_path, capsys):

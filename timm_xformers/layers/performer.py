@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from timm_xformers.layers.blocked import blocked_performer, in_blocks
 from timm_xformers.layers.folded import folded_performer, pays_folded
+from timm_xformers.layers.fused import fits, fused_performer_attention
 from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
 from timm_xformers.layers.linear import FEATURE_EPS, mix_features
 
@@ -138,6 +139,8 @@ def performer_attention(
     omega = (projection * q.shape[-1] ** -0.25).to(working_dtype(q.dtype, wide=wide))
     if torch.jit.is_scripting():
         x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
+    elif fits(q, k, v, projection, attn_mask, is_causal):  # on a GPU, see `fused`
+        x = fused_performer_attention(q, k, v, projection, kernel, attn_mask)
     elif autocasts(q.device.type):  # it would round exponents to three digits
         with torch.autocast(q.device.type, enabled=False):
             x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)

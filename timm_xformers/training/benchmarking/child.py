@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch.profiler import ProfilerActivity
 
+from timm_xformers.layers.fused import choice
 from timm_xformers.training.benchmarking.layers import build_contender
 from timm_xformers.training.benchmarking.peers import Unfit
 from timm_xformers.training.benchmarking.settings import Contender, Point
@@ -33,6 +35,7 @@ from timm_xformers.training.benchmarking.timing import (
 __all__ = ["can_fork", "main", "measure_memory", "measure_time"]
 
 MEMORY_STEPS = 3
+FUSED_OPERATOR = "timm_xformers::performer"
 
 
 def measure_time(
@@ -112,7 +115,21 @@ def _prepare(contender: Contender, point: Point, seed: int) -> tuple[Callable[[]
     called: Callable[[torch.Tensor], torch.Tensor] = module
     if contender.mode == "compiled":
         called = torch.compile(module, dynamic=False)
+    called = functools.partial(_call, called, contender.mode == "fused")
+    if contender.mode == "fused":
+        with torch.no_grad(), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
+            called(x)
+        if not any(event.key == FUSED_OPERATOR for event in profile.key_averages()):
+            raise Unfit("the kernels do not take this shape or type")
     return make_step(called, parameters, x, point), sum(p.numel() for p in parameters)
+
+
+def _call(
+    called: Callable[[torch.Tensor], torch.Tensor], fused: bool, x: torch.Tensor
+) -> torch.Tensor:
+    """With our kernels or without, whatever the layers themselves would choose."""
+    choice.MIN_TOKENS = 1 if fused else sys.maxsize
+    return called(x)
 
 
 def _memory_marks(device: str) -> tuple[int, Callable[[], int]]:

@@ -1,6 +1,7 @@
 """The points and contenders of a benchmark, and what does not fit together."""
 
 import dataclasses
+import fnmatch
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from timm.layers import Attention
 
 from timm_xformers.layers.factory import ATTENTION
+from timm_xformers.layers.fused.choice import shared_memory
 from timm_xformers.layers.softmax import SoftmaxAttention
 from timm_xformers.training.benchmarking.layers import square_grid
 from timm_xformers.training.benchmarking.peers import peers_of
@@ -16,6 +18,7 @@ from timm_xformers.training.benchmarking.settings import (
     ALLOCATORS,
     BASELINE,
     DTYPES,
+    FUSED,
     MODES,
     PASSES,
     SHAPES,
@@ -71,6 +74,11 @@ def check(settings: Settings) -> Settings:
                 raise UsageError(f"--{name} {number} is out of range; use 1 or more.")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda needs a GPU, and there is none; use --device cpu.")
+    if "fused" in settings.modes and not shared_memory(device, 0 if device == "cuda" else None):
+        raise UsageError(
+            "--modes fused needs a GPU of compute capability 8.0 or more and Triton that works "
+            "with it; use --modes eager compiled."
+        )
     if device == "cpu" and "float16" in settings.dtypes:
         raise UsageError(
             "--dtypes float16 needs a GPU, which --device cuda asks for; use float32 or bfloat16."
@@ -139,14 +147,21 @@ def contenders_of(settings: Settings) -> list[Contender]:
     found = []
     for name in names:
         packages = [peer.package for peer in peers_of(mechanism[name])] if settings.peers else []
-        for package, mode in itertools.product(["", *packages], settings.modes):
-            found.append(Contender(name=name, peer=package, mode=mode))
+        kernels = fnmatch.fnmatchcase(mechanism[name], FUSED)
+        for package, mode in itertools.product(["", *packages], _modes(settings)):
+            if mode != "fused" or (kernels and not package):
+                found.append(Contender(name=name, peer=package, mode=mode))
     return found
+
+
+def _modes(settings: Settings) -> tuple[str, ...]:
+    """Those asked for, and one for what has no kernels of ours."""
+    return ("eager", "fused") if settings.modes == ("fused",) else settings.modes
 
 
 def baseline_of(settings: Settings) -> Contender:
     """What everything is compared with: eager, unless only compiled code is measured."""
-    mode = "eager" if "eager" in settings.modes else settings.modes[0]
+    mode = "eager" if "eager" in _modes(settings) else "compiled"
     if not settings.models:
         return Contender(name=BASELINE, mode=mode)
     exact = (name for name in settings.models if _is_exact(name))

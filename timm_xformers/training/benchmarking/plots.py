@@ -49,7 +49,7 @@ def plot_benchmark(output: Path, rows: Sequence[Row], baseline: Contender) -> li
 
 
 def _styles(rows: Sequence[Row], baseline: Contender) -> dict[str, dict[str, Any]]:
-    """A colour per mechanism; other packages' forms of it are dashed, compiled ones dotted."""
+    """A colour per mechanism; dashes for other packages, dots if compiled, long dashes if fused."""
     plain = {baseline.name: "black", UNFUSED: "0.5"}
     names = dict.fromkeys(r.contender.name for r in rows if r.contender.name not in plain)
     places = {name: place for place, name in enumerate(names)}
@@ -65,7 +65,7 @@ def _styles(rows: Sequence[Row], baseline: Contender) -> dict[str, dict[str, Any
         styles[contender.label] = {
             "color": plain.get(contender.name, COLOURS[(place or 0) % len(COLOURS)]),
             "marker": "." if place is None else MARKERS[place % len(MARKERS)],
-            "linestyle": ":" if contender.mode == "compiled" else line,
+            "linestyle": {"compiled": ":", "fused": (0, (5, 1))}.get(contender.mode, line),
             "linewidth": 2.2 if contender.label == baseline.label else 1.3,
             "markersize": 4,
             "alpha": 0.75 if contender.peer else 1.0,

@@ -9,6 +9,7 @@ __all__ = [
     "BASELINE",
     "CONTENDERS",
     "DTYPES",
+    "FUSED",
     "MODES",
     "PASSES",
     "PRESETS",
@@ -20,7 +21,10 @@ __all__ = [
 ]
 
 PASSES = ("forward", "backward", "train")
-MODES = ("eager", "compiled")
+# PyTorch's operations as they are, through torch.compile, and our GPU kernels at any length.
+MODES = ("eager", "compiled", "fused")
+# Names of the mechanisms that have such kernels, as a shell pattern.
+FUSED = "performer_[!l]*"
 DTYPES = ("float32", "bfloat16", "float16")
 ALLOCATORS = ("default", "tuned")
 # Exact attention through timm's own layer, by PyTorch's fused kernels and with the map formed.
@@ -51,6 +55,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tokens": [64, 256, 1024],
         "batch_size": 2,
         "rounds": 3,
+    },
+    # Eager, compiled and fused against flash attention, within ten minutes on one GPU.
+    "gpu": {
+        "contenders": ["performer_relu_m64", "performer_softmax_m64"],
+        "shape": "S64",
+        "tokens": [256, 1024, 4096],
+        "batch_size": 64,
+        "dtypes": ["bfloat16", "float32"],
+        "modes": ["eager", "compiled", "fused"],
+        "device": "cuda",
+        "limit_seconds": 12.0,
+        "peers": False,
+        "memory_tokens": [1024],
     },
 }
 

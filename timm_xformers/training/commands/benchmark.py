@@ -35,7 +35,12 @@ LISTS: dict[str, tuple[str, type[Any], str]] = {
         str,
         f"of {' '.join(PASSES)}; default the first two for layers, forward and train for models",
     ),
-    "modes": ("modes", str, f"of {' '.join(MODES)}; default eager"),
+    "modes": (
+        "modes",
+        str,
+        f"of {' '.join(MODES)}; default eager; fused is our GPU kernels, of which the others make "
+        "no use",
+    ),
     "dtypes": ("dtypes", str, f"of {' '.join(DTYPES)}; default float32; models use autocast"),
     "threads": (
         "threads",
@@ -98,9 +103,10 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, field) is not None:
             values[field] = getattr(args, field)
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    settings = Settings(
-        output=Path(args.output), peers=not args.no_peers, memory=not args.no_memory, **values
-    )
+    for flag in ("peers", "memory"):
+        if getattr(args, f"no_{flag}"):
+            values[flag] = False
+    settings = Settings(output=Path(args.output), **values)
     from timm_xformers.training.benchmarking.benchmark import Benchmark
 
     print(Benchmark(settings).run().read_text(encoding="utf-8"), end="")
