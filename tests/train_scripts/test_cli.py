@@ -112,6 +112,7 @@ def test_scripts_train_and_evaluate_our_model(monkeypatch, capsys, tmp_path):
         ("models vix_softmax --max-params 600k", 2, "None of the 1 matching"),
         ("models --attention nystrom_64", 2, "nearest: nystrom_l64"),
         ("models --attention --img-size 8 --sort name", 2, "--img-size, --sort cannot go with it"),
+        ("convert nowhere --to-package", 1, "nowhere holds no run"),
         ("predict vix_sofmax nowhere.png", 1, "nowhere.png does not exist"),
     ],
 )  # fmt: skip
@@ -135,6 +136,8 @@ def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tm
         ["report"],
         ["report", "run", "--sort", "beauty"],
         ["select"],
+        ["convert", "run"],
+        ["convert", "run", "--output", "half", "--to-package"],
         ["predict", "vix_softmax"],
         ["predict", "vix_softmax", "image.png", "--top-k", "0"],
     ],
@@ -189,6 +192,7 @@ MODELS_FLAGS = (
         ("models", MODELS_FLAGS),
         ("benchmark", ["--preset", "--contenders", "--models", "--tokens", "--allocator"]),
         ("predict", ["--json", "--grid", "--top-k"]),
+        ("convert", ["--output", "--to-package", "--data-dir", "--replace"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
