@@ -245,6 +245,7 @@ def test_cards_of_this_checkout_are_valid_and_equal_the_records():
 DIGITS = [name for name in read_manifest() if name.endswith(".digits")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIGITS)
 def test_evaluation_by_name_gives_the_published_figures(name):
     record = evaluate(Recipe(model=name, data="digits"))

@@ -140,7 +140,7 @@ def test_private(hub, finished_run):
 @pytest.mark.parametrize(
     ("fault", "most_commits"),
     [
-        pytest.param(Fault("repos/create", status=500, times=2), 1, id="create 500"),
+        pytest.param(Fault("repos/create", status=500, times=2), 1, id="create 500", marks=SLOW),
         pytest.param(Fault("repos/create", status=429), 1, id="create 429", marks=SLOW),
         pytest.param(
             Fault("repos/create", status=502, after=True),
@@ -151,12 +151,12 @@ def test_private(hub, finished_run):
         pytest.param(Fault("/commit/", status=500, times=2), 1, id="commit 500", marks=SLOW),
         pytest.param(Fault("/commit/", status=500, after=True), 1, id="commit lost its answer"),
         pytest.param(Fault("/commit/", status=409), 1, id="commit 409", marks=SLOW),
-        pytest.param(Fault("/commit/", status=412), 1, id="commit 412"),
+        pytest.param(Fault("/commit/", status=412), 1, id="commit 412", marks=SLOW),
         pytest.param(Fault("GET /api/models/", status=503), 1, id="listing 503", marks=SLOW),
         pytest.param(Fault("/preupload/", status=500), 1, id="preupload 500", marks=SLOW),
         pytest.param(Fault("objects/batch", status=429), 1, id="batch 429", marks=SLOW),
         pytest.param(Fault("PUT", status=500), 1, id="upload 500", marks=SLOW),
-        pytest.param(Fault("PUT", cut=True), 1, id="upload cut"),
+        pytest.param(Fault("PUT", cut=True), 1, id="upload cut", marks=SLOW),
         pytest.param(Fault("GET .*model.safetensors", cut=True), 1, id="download cut", marks=SLOW),
         pytest.param(Fault("GET .*model.safetensors", flip=True), 1, id="download flipped"),
         pytest.param(Fault("GET .*README.md", status=500), 1, id="download 500", marks=SLOW),
@@ -182,7 +182,9 @@ def test_what_passes_is_got_over(fault, most_commits, hub, finished_run):
         pytest.param("/commit/", {"status": 500}, r"in 5 tries \(500\)", marks=SLOW),
         pytest.param("PUT", {"status": 403}, "may not write to me/nano", marks=SLOW),
         pytest.param("PUT", {"cut": True}, "in 5 tries", marks=SLOW),
-        ("GET .*/resolve/.*model", {"flip": True}, "came back from me/nano with other bytes"),
+        pytest.param(
+            "GET .*/resolve/.*model", {"flip": True}, "came back from me/nano", marks=SLOW
+        ),
         pytest.param("GET .*/resolve/.*model", {"status": 404}, "has no me/nano", marks=SLOW),
     ],
     ids=str,
@@ -210,7 +212,11 @@ def test_what_stays_is_said_and_leaves_no_half(where, fault, words, hub, finishe
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "does not accept the token"), (403, "may not write to me/nano"), (500, "in 5 tries")],
+    [
+        (401, "does not accept the token"),
+        pytest.param(403, "may not write to me/nano", marks=SLOW),
+        pytest.param(500, "in 5 tries", marks=SLOW),
+    ],
 )
 def test_repository_that_cannot_be_made(status, words, hub, finished_run):
     hub.faults.append(Fault("repos/create", status=status, times=ALWAYS))
@@ -316,6 +322,7 @@ LOAD = """
 """
 
 
+@pytest.mark.slow
 def test_same_bits_come_back_where_only_timm_is_imported(hub, finished_run, tmp_path):
     send(hub, finished_run)
     metadata = tmp_path / "path" / "timm_xformers-0.dist-info"  # as pip leaves it
