@@ -16,7 +16,10 @@ from timm_xformers.training.stopping import Stopped
 
 __all__ = ["main"]
 
-COMMANDS = ("train", "evaluate", "select", "report", "models", "shards", "plan", "benchmark")
+COMMANDS = (
+    *("train", "evaluate", "select", "report", "models", "predict", "convert", "publish"),
+    *("shards", "plan", "benchmark"),
+)
 # The file system's refusals: the user's to repair, wherever they come up.
 REFUSALS = (
     errno.EACCES,

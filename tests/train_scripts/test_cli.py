@@ -112,6 +112,10 @@ def test_scripts_train_and_evaluate_our_model(monkeypatch, capsys, tmp_path):
         ("models vix_softmax --max-params 600k", 2, "None of the 1 matching"),
         ("models --attention nystrom_64", 2, "nearest: nystrom_l64"),
         ("models --attention --img-size 8 --sort name", 2, "--img-size, --sort cannot go with it"),
+        ("convert nowhere --to-package", 1, "nowhere holds no run"),
+        ("publish nowhere me/x", 1, "nowhere holds no run"),
+        ("publish nowhere x", 2, "'x' is no name on the Hub"),
+        ("predict vix_sofmax nowhere.png", 1, "nowhere.png does not exist"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tmp_path):
@@ -134,6 +138,11 @@ def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tm
         ["report"],
         ["report", "run", "--sort", "beauty"],
         ["select"],
+        ["convert", "run"],
+        ["convert", "run", "--output", "half", "--to-package"],
+        ["publish", "run"],
+        ["predict", "vix_softmax"],
+        ["predict", "vix_softmax", "image.png", "--top-k", "0"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
@@ -185,8 +194,11 @@ MODELS_FLAGS = (
         ("select", [*SHARED_FLAGS, "--space", "--workers", "--no-final"]),
         ("models", MODELS_FLAGS),
         ("benchmark", ["--preset", "--contenders", "--models", "--tokens", "--allocator"]),
+        ("predict", ["--json", "--grid", "--top-k"]),
+        ("publish", ["--dry-run", "--private"]),
+        ("convert", ["--output", "--to-package", "--data-dir", "--replace"]),
     ],
-    ids=["train", "evaluate", "report", "select", "models", "benchmark"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_help_answers_at_once_without_torch(command, flags):
     code = (

@@ -1,5 +1,6 @@
 """A model that trains an epoch of digits in a tenth of a second, and a clean slate per test."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,28 @@ def image_folder(tmp_path: Path) -> Path:
                 image.putpixel((number, number % 20), (255, 255, 255))
                 image.save(folder / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of the smallest of our models; not to be changed."""
+    from timm_xformers.training.train import train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(
+        Recipe(
+            model="vix_mnist_nano",
+            epochs=2,
+            lr=5e-3,
+            img_size=8,
+            trackers=[],
+            output=str(folder),
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """The same run, to be changed."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))

@@ -296,8 +296,8 @@ def test_mixed_circumstances_are_said(tmp_path, no_pictures):
 def test_shipped_records_make_a_report(tmp_path, no_pictures):
     done = report([SHIPPED], tmp_path / "out")
     assert done.skipped == []
-    labels = {group.label: len(group.runs) for group in done.groups}
-    assert labels["hybrid_vix_performer_softmax_m32"] == 3
+    of_default = [group for group in done.groups if group.label.startswith("hybrid_vix_performer")]
+    assert max(len(group.runs) for group in of_default) == 3
 
 
 @pytest.mark.parametrize("count", [12, 13])

@@ -1,10 +1,16 @@
-"""What the families' default configurations share."""
+"""What the families' default configurations share, and which weights a bare name means."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import generate_default_cfgs, get_pretrained_cfg
 
-__all__ = ["small_image_cfg"]
+from timm_xformers.weights import best_tag, with_weights
+
+__all__ = ["choose_weights", "default_configs", "names_input", "small_image_cfg"]
+
+SOURCES = ("state_dict", "file", "hf_hub_id", "url")
 
 
 def small_image_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -26,3 +32,41 @@ def small_image_cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "apache-2.0",
         **kwargs,
     }
+
+
+def default_configs(configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """A family's ``default_cfgs`` for timm: these by name, and one more for every packaged tag."""
+    tagged: dict[str, Any] = with_weights(configs)
+    return dict(generate_default_cfgs(tagged))
+
+
+def choose_weights(variant: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The tag to load where the caller named neither a tag nor a source of weights.
+
+    Args:
+        variant: Name of the model.
+        arguments: Those of its entry point.
+
+    Returns:
+        Arguments that go over these; nothing if they say what to load, or there is nothing.
+    """
+    given = arguments.get("pretrained_cfg") or get_pretrained_cfg(variant)
+    if given is None or isinstance(given, str):  # a tag
+        return {}
+    config = given if isinstance(given, dict) else given.to_dict()
+    overlay = arguments.get("pretrained_cfg_overlay") or {}
+    if any(place.get(source) for place in (config, overlay) for source in SOURCES):
+        return {}
+    tag = best_tag(variant)
+    return {} if tag is None else {"pretrained_cfg": tag}
+
+
+def names_input(config: Any) -> bool:
+    """Whether a ``pretrained_cfg`` argument says what images the model is to take.
+
+    Args:
+        config: A tag, which always does, a configuration, or None.
+    """
+    if isinstance(config, dict):
+        return bool(config.get("fixed_input_size"))
+    return isinstance(config, str) or bool(getattr(config, "fixed_input_size", False))

@@ -20,6 +20,7 @@ from timm_xformers.layers.linformer import resample_projection
 from timm_xformers.layers.performer import redraw_features
 from timm_xformers.layers.positions import sinusoid
 from timm_xformers.layers.rotary import RotaryPositions
+from timm_xformers.models._cfg import choose_weights, names_input
 
 __all__ = ["Trunk", "build", "check_img_size", "filter_trunk"]
 
@@ -213,7 +214,7 @@ def build(
     Args:
         family: The model's class.
         variant: Name of the entry point.
-        pretrained: Load the published weights.
+        pretrained: Load the published weights; under a bare name, those of its best tag.
         defaults: The variant's arguments.
         filter_fn: Fits a checkpoint to the model.
         **kwargs: The caller's arguments, which go over the defaults.
@@ -221,7 +222,12 @@ def build(
     Returns:
         The model, or timm's feature extractor where ``features_only=True``.
     """
-    arguments = {**defaults, **kwargs}
+    if pretrained:
+        kwargs |= choose_weights(variant, kwargs)
+    own = defaults
+    if names_input(kwargs.get("pretrained_cfg")):  # timm takes size and channels from there
+        own = {key: value for key, value in defaults.items() if key not in ("img_size", "in_chans")}
+    arguments = {**own, **kwargs}
     # features_only goes through forward_intermediates ("getter"), which gives NCHW maps.
     out_indices = arguments.pop("out_indices", min(3, arguments.get("depth", 3)))
     model: Model = build_model_with_cfg(

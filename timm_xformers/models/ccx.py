@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from timm_xformers.layers.seq_pool import SeqPool
 from timm_xformers.layers.tokenizer import ConvTokenizer
-from timm_xformers.models._cfg import small_image_cfg
+from timm_xformers.models._cfg import default_configs, small_image_cfg
 from timm_xformers.models._register import register_model
 from timm_xformers.models._trunk import Trunk, build, filter_trunk
 
@@ -233,7 +232,7 @@ def _cfg_224() -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_configs(
     {
         "cct": _cfg(),
         "ccp": _cfg(),

@@ -24,12 +24,11 @@ from typing import Any, cast
 
 import torch
 from timm.layers import DropPath, Mlp, get_act_layer, register_notrace_module
-from timm.models import generate_default_cfgs
 from timm.models.levit import ConvNorm, LevitMlp, LinearNorm, NormLinear
 from torch import Tensor, nn
 
 from timm_xformers.layers.tokenizer import ConvEmbed
-from timm_xformers.models._cfg import small_image_cfg
+from timm_xformers.models._cfg import default_configs, small_image_cfg
 from timm_xformers.models._register import register_model
 from timm_xformers.models._trunk import Trunk, build
 
@@ -201,7 +200,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_configs(
     {"levit_1stage": _cfg(), "levip": _cfg(), "levin": _cfg(), "levil": _cfg()}
 )
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from timm.layers import calculate_drop_path_rates, register_notrace_module, to_2tuple
-from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
@@ -26,7 +25,7 @@ from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from torch import Tensor, nn
 
 from timm_xformers.layers.windows import merge, partition, window_mask
-from timm_xformers.models._cfg import small_image_cfg
+from timm_xformers.models._cfg import default_configs, small_image_cfg
 from timm_xformers.models._register import register_model
 from timm_xformers.models._trunk import build, check_img_size
 
@@ -357,7 +356,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs({"swin_local_tiny": _cfg(), "swin_local1d_tiny": _cfg()})
+default_cfgs = default_configs({"swin_local_tiny": _cfg(), "swin_local1d_tiny": _cfg()})
 
 
 def _swin_local(variant: str, flatten: bool, pretrained: bool, **kwargs: Any) -> SwinLocal:

@@ -14,11 +14,10 @@ arguments (tests/models/test_paper_rows.py).
 from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs
 from torch import nn
 
 from timm_xformers.layers.tokenizer import ConvEmbed
-from timm_xformers.models._cfg import small_image_cfg
+from timm_xformers.models._cfg import default_configs, small_image_cfg
 from timm_xformers.models._register import register_model
 from timm_xformers.models._trunk import Trunk, build, check_img_size
 
@@ -80,7 +79,7 @@ def _imagenet_cfg() -> dict[str, Any]:
     return _cfg(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_configs(
     {
         "vix_softmax": _cfg(),
         "vix_performer_softmax_m16": _cfg(),

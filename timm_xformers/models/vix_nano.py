@@ -12,10 +12,9 @@ further, and gradients vanish.
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from timm_xformers.models._cfg import small_image_cfg
+from timm_xformers.models._cfg import default_configs, small_image_cfg
 from timm_xformers.models._register import register_model
 from timm_xformers.models._trunk import Trunk, build
 
@@ -96,7 +95,7 @@ class ViXNano(Trunk):
         return x.softmax(dim=-1) if self.double_softmax else x
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_configs(
     {
         "vix_mnist_nano": small_image_cfg(
             input_size=(1, 28, 28), mean=(0.0,), std=(1.0,), first_conv="patch_embed.proj"

@@ -14,7 +14,15 @@ from pathlib import Path
 
 from timm_xformers.training.errors import UserError
 
-__all__ = ["find_damage", "previous_of", "recover", "sweep", "write_folder", "write_text"]
+__all__ = [
+    "find_damage",
+    "previous_of",
+    "recover",
+    "sha256_of",
+    "sweep",
+    "write_folder",
+    "write_text",
+]
 
 MANIFEST_FILE = "manifest.json"
 
@@ -119,20 +127,21 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _digest(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} is not what was written"
     return None
 
 
 def _write_manifest(folder: Path) -> None:
     manifest = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
     }
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

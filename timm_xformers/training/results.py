@@ -58,6 +58,7 @@ class Record:
         skipped_images: Unreadable images left out of the splits in use.
         epochs: Epochs trained.
         best_epoch: Epoch whose weights were kept.
+        weights_dtype: What the weights were rounded to before these figures; None: as trained.
         recipe_hash: Equal for runs that differ in seed and paths only.
         seed: Seed of the run.
         batch_size: Images per process and pass.
@@ -96,6 +97,7 @@ class Record:
     skipped_images: int | None = None
     epochs: int | None = None
     best_epoch: int | None = None
+    weights_dtype: str | None = None
     recipe_hash: str | None = None
     seed: int | None = None
     batch_size: int

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from timm_xformers.training.commands.options import positive
 from timm_xformers.training.errors import UsageError
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -42,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-params", type=_count, metavar="N", help="only up to N parameters: 600k, 1.5M, 86000"
     )
     parser.add_argument(
-        "--img-size", type=_positive, metavar="PIXELS", help="measure at this side of the input"
+        "--img-size", type=positive, metavar="PIXELS", help="measure at this side of the input"
     )
     parser.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"images whose activations are measured, default {DEFAULT_BATCH_SIZE}",
     )
@@ -184,13 +185,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={setting}" for key, setting in value.items())
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 def _count(text: str) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 from timm_xformers.training.recipe import Recipe, load_recipe, parse_assignments, shipped_recipes
 
-__all__ = ["add_recipe_options", "given_values", "recipe_from"]
+__all__ = ["add_recipe_options", "given_values", "positive", "recipe_from"]
 
 # Flags with the name of a recipe field.
 FIELDS = (
@@ -60,3 +60,10 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         data = values.get("data", Recipe.data)
         source = data if data in shipped_recipes() else None
     return load_recipe(source, values)
+
+
+def positive(text: str) -> int:
+    """A flag's value that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)

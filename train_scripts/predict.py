@@ -1,0 +1,8 @@
+"""`timm-xformers predict` as a file, for clones."""
+
+import sys
+
+from timm_xformers.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["predict", *sys.argv[1:]]))
