@@ -83,6 +83,13 @@ def exactly(inputs, omega, upstream, kernel, bias=None):
     )
 
 
+@pytest.fixture(autouse=True)
+def asked_for():
+    set_fused_attn(True, experimental=True)
+    yield
+    set_fused_attn(True)
+
+
 def fused(omega, kernel, mask=None):
     return lambda q, k, v: fused_performer_attention(q, k, v, omega, kernel, mask)
 
@@ -93,7 +100,7 @@ def plain(omega, kernel):
         try:
             return performer_attention(q, k, v, omega, kernel)
         finally:
-            set_fused_attn(True)
+            set_fused_attn(True, experimental=True)
 
     return attention
 
@@ -309,7 +316,7 @@ def test_layers_choose_the_kernels_and_timm_can_switch_them_off(layer):
         assert OPERATOR not in operators(lambda: layer(x))
         torch.testing.assert_close(fast, layer(x), atol=2e-5, rtol=0)
     finally:
-        set_fused_attn(True)
+        set_fused_attn(True, experimental=True)
     with pytest.raises(ValueError, match=r"never forms the \(N, N\) map"):
         layer(x, attn_mask=torch.ones(17, 17, dtype=torch.bool, device=DEVICE))
 

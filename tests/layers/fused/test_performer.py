@@ -67,6 +67,7 @@ def arguments(monkeypatch):
     """A case that the kernels take, were there a GPU."""
     monkeypatch.setattr(choice, "MIN_TOKENS", 34)
     monkeypatch.setattr(choice, "shared_memory", lambda *device: 2**17)
+    monkeypatch.setattr(choice, "use_fused_attn", lambda experimental: experimental)
     q, k, v = torch.randn(3, 2, 2, 17, 32).unbind(0)
     return {
         "q": q,

@@ -37,8 +37,9 @@ def fits(
 ) -> bool:
     """Whether `fused_performer_attention` takes these arguments and should.
 
-    timm's switch for fused attention (``TIMM_FUSED_ATTN=0``, `timm.layers.set_fused_attn`) turns
-    it off. There is no second derivative, no forward mode and no ``vmap``.
+    No GPU has run them yet, so they wait for timm's switch for what is not proven
+    (``TIMM_FUSED_ATTN=2``, ``timm.layers.set_fused_attn(True, experimental=True)``). There is no
+    second derivative, no forward mode and no ``vmap``.
 
     Args:
         q: Queries (B, H, N, D).
@@ -50,7 +51,7 @@ def fits(
     """
     # Graphs that leave the process must hold PyTorch's own operations. Before anything is asked of
     # shapes, which are symbols there.
-    if is_causal or not use_fused_attn() or _exporting():
+    if is_causal or not use_fused_attn(experimental=True) or _exporting():
         return False
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return False
@@ -80,9 +81,12 @@ def padded(num_features: int) -> int:
     return max(16, 1 << (num_features - 1).bit_length())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _shared(device_type: str, index: int | None) -> int:
     return shared_memory(device_type, index)
+
+
+# As torch.compiler.assume_constant_result marks it, which would import the compiler to do so.
+_shared._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from timm.layers import set_fused_attn
 from torch.profiler import ProfilerActivity
 
 from timm_xformers.layers.fused import choice
@@ -129,6 +130,7 @@ def _call(
 ) -> torch.Tensor:
     """With our kernels or without, whatever the layers themselves would choose."""
     choice.MIN_TOKENS = 1 if fused else sys.maxsize
+    set_fused_attn(True, experimental=fused)
     return called(x)
 
 
