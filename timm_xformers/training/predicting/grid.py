@@ -48,7 +48,7 @@ def draw_grid(path: Path, predictions: Sequence[Prediction]) -> None:
         axes.imshow(picture, interpolation=smooth)
         axes.set_axis_off()
         lines = [
-            f"{_short(guess.name)} {100 * guess.probability:.1f} %"
+            f"{_short(guess.name)}: {100 * guess.probability:.1f} %"
             for guess in prediction.classes[:LINES]
         ]
         axes.set_title("\n".join(lines), fontsize=8)
