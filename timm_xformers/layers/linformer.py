@@ -236,10 +236,10 @@ class LinformerAttention(HeadsAttention):
         short = torch.unflatten(both @ tokens.flatten(1), 1, [B, C])  # (k or 2 k, B, C)
         rows = [tokens, short[:slots], short[slots:]]
         heads: list[Tensor] = []
-        for i, weight in enumerate(self.qkv.weight.split(self.parts)):
+        for i, weight in enumerate(self.qkv.weight.split_with_sizes(self.parts)):
             part = F.linear(rows[i], weight)
             if self.qkv.bias is not None:
-                bias = self.qkv.bias.split(self.parts)[i]
+                bias = self.qkv.bias.split_with_sizes(self.parts)[i]
                 if i > 0:  # a slot holds the bias of its tokens as often as their weights add up to
                     bias = both[(i - 1) * slots : i * slots].sum(dim=1)[:, None, None] * bias
                 part = part + bias

@@ -77,13 +77,7 @@ def iterative_pinv(a: Tensor, num_steps: int) -> Tensor:
 
 
 def _nystrom(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    num_landmarks: int,
-    pinv_steps: int,
-    keep: Tensor | None,
-    landmarks: tuple[Tensor, Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor, num_landmarks: int, pinv_steps: int, keep: Tensor | None
 ) -> Tensor:
     if k.shape[-2] <= num_landmarks:
         return attend(q, k, v, None if keep is None else keep.transpose(-2, -1))
@@ -92,10 +86,7 @@ def _nystrom(
     exact = torch.promote_types(dtype, torch.float32)
     scale = q.shape[-1] ** -0.5
     if keep is None:
-        if landmarks is None:
-            q_marks, k_marks = segment_means(q, num_landmarks), segment_means(k, num_landmarks)
-        else:
-            q_marks, k_marks = landmarks[0].to(dtype), landmarks[1].to(dtype)
+        q_marks, k_marks = segment_means(q, num_landmarks), segment_means(k, num_landmarks)
         scores = (q_marks.to(exact) @ k_marks.to(exact).transpose(-2, -1)) * scale
         inverse = iterative_pinv(scores.softmax(dim=-1), pinv_steps)  # (B, H, l, l)
         context = inverse @ attend(q_marks, k, v).to(exact)  # (B, H, l, D)
@@ -126,7 +117,6 @@ def nystrom_attention(
     num_landmarks: int = 64,
     pinv_steps: int = 6,
     attn_mask: Tensor | None = None,
-    landmarks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mix tokens with the Nyström form of softmax attention.
 
@@ -138,8 +128,6 @@ def nystrom_attention(
         pinv_steps: Steps of `iterative_pinv`.
         attn_mask: None, or (B, 1, 1, N): bool (True = attend) or additive (read as kept or left
             out). A query without any key gives zeros.
-        landmarks: Means of queries and of keys by segment, (B, H, l, D) each, where they are
-            known already; used without ``attn_mask`` and with l < N.
 
     Returns:
         (B, H, N, E) in the type of ``v``. The inverse is float32 at least.
@@ -149,12 +137,12 @@ def nystrom_attention(
     """
     keep = key_padding(attn_mask, "nystrom")
     if torch.jit.is_scripting():
-        x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep, landmarks)
+        x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
     elif autocasts(q.device.type):  # it would run the inverse in half precision
         with torch.autocast(q.device.type, enabled=False):
-            x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep, landmarks)
+            x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
     else:
-        x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep, landmarks)
+        x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
     return x.to(v.dtype)
 
 
@@ -268,20 +256,6 @@ class NystromAttention(HeadsAttention):
             keep = key_padding(attn_mask, "nystrom")
             x = x + self.conv(v if keep is None else v * keep.to(v.dtype))
         return x
-
-    def mix_sooner(self, x: Tensor) -> Tensor | None:
-        """Landmarks as projections of mean tokens: N / l times less to pool than of q and k."""
-        B, N, _ = x.shape
-        if self.num_landmarks >= N or not self.projects_each_token():
-            return None
-        q, k, v = self.split(x)
-        q_marks, k_marks, _ = self.split(segment_means(x, self.num_landmarks))
-        mixed = nystrom_attention(
-            q, k, v, self.num_landmarks, self.pinv_steps, landmarks=(q_marks, k_marks)
-        )
-        if self.conv is not None:
-            mixed = mixed + self.conv(v)
-        return mixed.transpose(1, 2).reshape(B, N, self.attn_dim)
 
     def extra_repr(self) -> str:
         """Landmarks, for printing."""
