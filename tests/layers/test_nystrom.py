@@ -9,6 +9,7 @@ from timm_xformers.layers.nystrom import (
     NystromAttention,
     iterative_pinv,
     nystrom_attention,
+    pinv_product,
     segment_means,
 )
 
@@ -119,6 +120,25 @@ def test_pinv_approaches_the_inverse():
     ]
     assert residuals[0] > residuals[1] > residuals[2]
     assert residuals[2] < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize("sharpness", [0.02, 0.3, 1.0, 8.0])
+def test_product_with_the_inverse_needs_no_inverse(steps, sharpness):
+    rng = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 64, 64, generator=rng, dtype=torch.float64)
+    a = (sharpness * scores).softmax(-1).requires_grad_()
+    w = (a.detach() @ torch.randn(4, 64, 32, generator=rng, dtype=torch.float64)).requires_grad_()
+    upstream = torch.randn(4, 64, 32, generator=rng, dtype=torch.float64)
+    exact = iterative_pinv(a, steps) @ w
+    product = pinv_product(a, w, steps)
+    torch.testing.assert_close(product, exact, atol=1e-11, rtol=1e-9)
+    ours = torch.autograd.grad(product, [a, w], upstream)
+    theirs = torch.autograd.grad(exact, [a, w], upstream)
+    for x, y in zip(ours, theirs, strict=True):
+        assert (x - y).norm() < 1e-9 * y.norm()
+    narrow = pinv_product(a.float(), w.float(), steps).double()
+    assert (narrow - exact).norm() < 1e-4 * exact.norm()
 
 
 @pytest.mark.parametrize("N", [8, 9, 11, 15, 16, 1025])

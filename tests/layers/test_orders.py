@@ -74,3 +74,30 @@ def test_linformer_takes_the_cheaper_order():
     assert layer.mix_sooner(x) is None, "as many slots as tokens"
     layer, x = build("linformer_k32", {"one_kv_head": True}, 0)
     assert layer.mix_sooner(x) is None, "one narrow head is cheaper to project first"
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["linformer_k32", "local2d_w4_shifted"])
+def test_the_early_order_keeps_what_tests_of_promises_hold(name):
+    layer, x = build(name, {"qkv_bias": True}, 1)
+    layer.eval()
+    expected = layer(x)
+    torch.testing.assert_close(torch.jit.script(layer)(x), expected)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    other = torch.cat([x[:1], 100 * x[1:]])
+    assert torch.equal(layer(other)[0], expected[0]), "an image does not depend on its batch"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = layer.float()(x.float()).double()
+    assert (narrow - expected).norm() / expected.norm() < 0.03
+    assert layer.to("meta")(x.to("meta")).shape == x.shape
+
+
+def test_windows_cut_early_drop_entries_of_the_map_in_training():
+    layer, x = build("local2d_w4_shifted", {"attn_drop": 0.5}, 1)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))

@@ -225,10 +225,11 @@ class Local2dAttention(HeadsAttention):
         """Windows of x instead of queries, keys and values: one copy in place of three."""
         B, N, _ = x.shape
         grid, window, shift, P = self.arrange(N)
+        if self.neighbours or P + grid[0] * grid[1] != N or not self.projects_each_token():
+            return None  # the second is refused in `mix`
         whole = grid[0] % window[0] + grid[1] % window[1] + shift[0] + shift[1] == 0
-        fits = N == P + grid[0] * grid[1] != P + window[0] * window[1]
-        if self.neighbours or not (whole and fits and self.projects_each_token()):
-            return None
+        if not whole or grid[0] * grid[1] == window[0] * window[1]:
+            return None  # windows of several sizes, or a single one
         dropout_p = self.attn_drop.p if self.training else 0.0
         (q_ids, k_ids) = list_windows(grid, window, shift, False, P, x.device)[0]
         q, k, v = self.split(take(x, k_ids))  # (B * nW, H, P + w, D), prefix tokens in every one
