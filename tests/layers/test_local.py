@@ -10,6 +10,7 @@ from timm_xformers.layers.local import (
     guess_prefix,
     local_attention,
 )
+from timm_xformers.layers.windows import list_windows
 
 DTYPES = [pytest.param(torch.float64, 1e-12, id="f64"), pytest.param(torch.float32, 1e-5, id="f32")]
 
@@ -88,15 +89,16 @@ def test_values_and_gradients_match_the_masked_map(
 
 
 @pytest.mark.parametrize("kind", ["keys", "pairs", "additive", "per-head", "causal"])
-@pytest.mark.parametrize("neighbours", [True, False])
-def test_masks_meet_the_windows(kind, neighbours):
+@pytest.mark.parametrize("windows", ["neighbours", "alone", "shifted"])
+def test_masks_meet_the_windows(kind, windows):
     grid, window, prefix = (5, 6), (2, 3), 1
+    neighbours, shift = windows == "neighbours", (1, 1) if windows == "shifted" else (0, 0)
     N = 31
     q, k, v = (t.detach() for t in draw(2, 2, N, 8))
     rng = torch.Generator().manual_seed(3)
     shape = {"keys": (2, 1, 1, N), "per-head": (2, 2, N, N)}.get(kind, (2, 1, N, N))
     given = torch.rand(shape, generator=rng) > 0.4
-    allowed = dense_mask(grid, window, neighbours, (0, 0), prefix)
+    allowed = dense_mask(grid, window, neighbours, shift, prefix)
     reference_mask = torch.ones(N, N).tril().bool() if kind == "causal" else given
     bias = torch.zeros(1, dtype=torch.float64)
     if kind == "additive":
@@ -109,6 +111,7 @@ def test_masks_meet_the_windows(kind, neighbours):
         grid_size=grid,
         window_size=window,
         neighbours=neighbours,
+        shift_size=shift,
         num_prefix_tokens=prefix,
         attn_mask=None if kind == "causal" else given,
         is_causal=kind == "causal",
@@ -118,13 +121,14 @@ def test_masks_meet_the_windows(kind, neighbours):
     torch.testing.assert_close(out, scores.softmax(-1).nan_to_num(0.0) @ v)
 
 
-@pytest.mark.parametrize("neighbours", [True, False])
+@pytest.mark.parametrize(("neighbours", "window"), [(True, 17), (False, 17), (True, 9)])
 @pytest.mark.parametrize("grid", [(1, 17), (5, 5), (3, 7)])
-def test_exact_when_the_window_covers_everything(grid, neighbours):
+def test_exact_when_the_window_covers_everything(grid, neighbours, window):
     N = 1 + grid[0] * grid[1]
     q, k, v = draw(2, 2, N, 8)
+    size = (window, window)
     out = local_attention(
-        q, k, v, grid_size=grid, window_size=(17, 17), neighbours=neighbours, num_prefix_tokens=1
+        q, k, v, grid_size=grid, window_size=size, neighbours=neighbours, num_prefix_tokens=1
     )
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
 
@@ -144,6 +148,19 @@ def test_gradcheck(shift):
         )
 
     assert torch.autograd.gradcheck(attention, draw(1, 2, 10, 4))
+
+
+@pytest.mark.parametrize(("grid", "window", "neighbours", "shift", "prefix"), CASES)
+def test_every_token_asks_once_and_windows_of_a_group_are_alike(
+    grid, window, neighbours, shift, prefix
+):
+    groups = list_windows(grid, window, shift, neighbours, prefix, torch.device("cpu"))
+    asked = torch.cat([q_ids.flatten() for q_ids, _ in groups])
+    N = prefix + grid[0] * grid[1]
+    assert torch.equal(asked.sort().values, torch.arange(prefix, N))
+    assert len({(q.shape[1], k.shape[1]) for q, k in groups}) == len(groups)
+    for _, k_ids in groups:
+        assert all(len(set(row)) == len(row) for row in k_ids.tolist()), "a key counts once"
 
 
 def test_a_layer_reaches_its_neighbours_and_no_further():

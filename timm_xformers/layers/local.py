@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from timm_xformers.layers.heads import HeadsAttention, attend
-from timm_xformers.layers.windows import (
-    cut_windows,
-    join_attn_mask,
-    merge,
-    partition,
-    window_mask,
-    with_neighbours,
-)
+from timm_xformers.layers.windows import list_windows, pick_pairs, take
 
 __all__ = ["Local1dAttention", "Local2dAttention", "local_attention"]
 
@@ -75,36 +68,29 @@ def local_attention(
         raise ValueError("Windows see their neighbours or are shifted, not both; drop one.")
     if is_causal:
         attn_mask = None
-    if window_size[0] >= rows and window_size[1] >= cols:
+    reach = 2 if neighbours else 1
+    if reach * window_size[0] >= rows and reach * window_size[1] >= cols:
         return attend(q, k, v, attn_mask, dropout_p, is_causal)
 
-    ids = torch.arange(P, N, device=q.device).reshape(1, rows, cols, 1)
-    q_ids = partition(ids, window_size, shift_size, -1.0)
-    k_ids = with_neighbours(q_ids, -1.0) if neighbours else q_ids
-    q_ids = q_ids.reshape(-1, q_ids.shape[3])  # (nW, w)
-    k_ids = k_ids.reshape(-1, k_ids.shape[3])
-    before = torch.arange(P, device=q.device).expand(k_ids.shape[0], -1)
-    k_ids = torch.cat([before, k_ids], dim=1)  # (nW, K)
-    mask = window_mask(q_ids, k_ids, cols, P, window_size, shifted, is_causal)
-    num_windows = mask.shape[0]
-    if attn_mask is None:
-        mask = mask.expand(B, 1, -1, -1, -1)
-    else:
-        mask = join_attn_mask(mask, attn_mask, q_ids, k_ids).expand(B, -1, -1, -1, -1)
-    mask = mask.transpose(1, 2).flatten(0, 1)  # (B * nW, 1 or H, 1 or w, K)
-
-    x = attend(
-        cut_windows(q, grid_size, window_size, shift_size, P, False, False),
-        cut_windows(k, grid_size, window_size, shift_size, P, True, neighbours),
-        cut_windows(v, grid_size, window_size, shift_size, P, True, neighbours),
-        mask,
-        dropout_p,
-    )
-    width = v.shape[-1]
-    x = x.reshape(B, num_windows, H, -1, width).transpose(1, 2)
-    nh = -(-rows // window_size[0])
-    x = x.reshape(B * H, nh, num_windows // nh, -1, width)
-    x = merge(x, grid_size, window_size, shift_size).reshape(B, H, rows * cols, width)
+    # A token's heads side by side, as a joint projection leaves them, are one piece to copy.
+    by_token = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    parts: list[Tensor] = []
+    taken: list[Tensor] = []
+    for q_ids, k_ids in list_windows(grid_size, window_size, shift_size, neighbours, P, q.device):
+        mask = pick_pairs(attn_mask, is_causal, q_ids, k_ids)
+        if mask is not None:
+            mask = mask.expand(B, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
+        x = attend(
+            take(by_token[0], q_ids).transpose(1, 2),  # (B * n, H, w, D)
+            take(by_token[1], k_ids).transpose(1, 2),
+            take(by_token[2], k_ids).transpose(1, 2),
+            mask,
+            dropout_p,
+        )
+        parts.append(x.transpose(1, 2).reshape(B, -1, H, v.shape[-1]))
+        taken.append(q_ids.flatten())
+    order = torch.cat(taken).argsort()
+    x = torch.cat(parts, dim=1).index_select(1, order).transpose(1, 2)  # (B, H, N - P, E)
     if P == 0:
         return x
     front: Tensor | None = None
@@ -196,26 +182,37 @@ class Local2dAttention(HeadsAttention):
             )
         return guess_prefix(num_tokens)
 
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        """Windowed attention per head, (B, H, N, D)."""
+    def arrange(
+        self, num_tokens: int
+    ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """Grid, window, shift and prefix tokens of so many tokens; `Local1dAttention` has others.
+
+        Raises:
+            ValueError: No layout is set and the tokens are not a square grid.
+        """
         grid, prefix = self.grid_size, self.num_prefix_tokens
         if grid is None:
-            prefix = self._guess_prefix(q.shape[2])
-            side = int((q.shape[2] - prefix) ** 0.5 + 0.5)
+            prefix = self._guess_prefix(num_tokens)
+            side = int((num_tokens - prefix) ** 0.5 + 0.5)
             grid = (side, side)
         # A shift of windows that cover a whole side would only tear it apart.
         shift = (
             self.shift if self.window_size < grid[0] else 0,
             self.shift if self.window_size < grid[1] else 0,
         )
+        return grid, (self.window_size, self.window_size), shift, prefix
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Windowed attention per head, (B, H, N, D)."""
+        grid, window, shift, prefix = self.arrange(q.shape[2])
         return local_attention(
             q,
             k,
             v,
             grid_size=grid,
-            window_size=(self.window_size, self.window_size),
+            window_size=window,
             neighbours=self.neighbours,
             shift_size=shift,
             num_prefix_tokens=prefix,
@@ -223,6 +220,34 @@ class Local2dAttention(HeadsAttention):
             is_causal=is_causal,
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
+
+    def mix_sooner(self, x: Tensor) -> Tensor | None:
+        """Windows of x instead of queries, keys and values: one copy in place of three."""
+        B, N, _ = x.shape
+        grid, window, shift, P = self.arrange(N)
+        if self.neighbours or P + grid[0] * grid[1] != N or not self.projects_each_token():
+            return None  # the second is refused in `mix`
+        whole = grid[0] % window[0] + grid[1] % window[1] + shift[0] + shift[1] == 0
+        if not whole or grid[0] * grid[1] == window[0] * window[1]:
+            return None  # windows of several sizes, or a single one
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        (q_ids, k_ids) = list_windows(grid, window, shift, False, P, x.device)[0]
+        q, k, v = self.split(take(x, k_ids))  # (B * nW, H, P + w, D), prefix tokens in every one
+        mixed = attend(q[:, :, P:], k, v, None, dropout_p).transpose(1, 2)
+        order = q_ids.flatten().argsort()
+        mixed = mixed.reshape(B, N - P, self.attn_dim).index_select(1, order)
+        if P == 0:
+            return mixed
+        # The keys of all windows are all keys, with the prefix tokens once too often per window.
+        num_windows, num_keys = k_ids.shape
+        later = torch.arange(num_windows, device=x.device).unsqueeze(1) > 0
+        once = ~(later & (torch.arange(num_keys, device=x.device) < P))
+        q, k, v = (
+            t.transpose(1, 2).reshape(B, -1, self.num_heads, self.head_dim).transpose(1, 2)
+            for t in (q, k, v)
+        )
+        front = attend(q[:, :, :P], k, v, once.reshape(1, 1, 1, -1), dropout_p)
+        return torch.cat([front.transpose(1, 2).reshape(B, P, self.attn_dim), mixed], dim=1)
 
     def extra_repr(self) -> str:
         """Window, for printing."""
@@ -242,24 +267,13 @@ class Local1dAttention(Local2dAttention):
     mechanism = "local1d"
     needs_fixed_grid = False
 
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        """Windowed attention per head, (B, H, N, D)."""
+    def arrange(
+        self, num_tokens: int
+    ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """A grid of one row."""
         prefix = self.num_prefix_tokens
         if self.grid_size is None:
-            prefix = self._guess_prefix(q.shape[2])
-        length = q.shape[2] - prefix
-        return local_attention(
-            q,
-            k,
-            v,
-            grid_size=(1, length),
-            window_size=(1, self.window_size),
-            neighbours=self.neighbours,
-            shift_size=(0, self.shift if self.window_size < length else 0),
-            num_prefix_tokens=prefix,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-        )
+            prefix = self._guess_prefix(num_tokens)
+        length = num_tokens - prefix
+        shift = self.shift if self.window_size < length else 0
+        return (1, length), (1, self.window_size), (0, shift), prefix
