@@ -156,7 +156,7 @@ def test_default_tag_is_the_best_one_for_the_names_own_images(monkeypatch):
     alike = {"input_size": (3, 32, 32), "mean": (0.1,) * 3, "std": (0.2,) * 3}
     cifar10 = dataclasses.replace(SOME, name="a.cifar10", hf_hub_id="me/b", **alike)
     found = defaults(monkeypatch, cifar10, SOME)
-    assert list(found["a"].tags) == ["cifar10", "", "digits"]
+    assert list(found["a"].tags) == ["cifar10", "digits"]
     assert best_tag("a") == "cifar10"
     assert found["a"].cfgs["digits"].input_size == (1, 8, 8)
     assert found["a"].cfgs["cifar10"].first_conv == "stem"

@@ -52,7 +52,8 @@ def in_blocks(x: Tensor, num_elements: int) -> bool:
     """
     if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not torch.jit.is_tracing() and use_fused_attn() and num_elements >= LEAST_FEATURES
+    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return not tracing and use_fused_attn() and num_elements >= LEAST_FEATURES
 
 
 def blocks(num_images: int, num_heads: int, num_tokens: int) -> Iterator[slice | tuple[int, slice]]:
@@ -80,7 +81,7 @@ def blocked_performer(qkv: Tensor, omega: Tensor, kernel: str, plain: Plain) -> 
     Returns:
         (B, N, H * D), in the type of ``qkv``.
     """
-    out: Tensor = _Blocked.apply(qkv, omega, kernel, plain)[0]  # type: ignore[no-untyped-call]
+    out: Tensor = _Blocked.apply(qkv, omega, kernel, plain)[0]
     return out
 
 
@@ -124,17 +125,18 @@ class _Blocked(torch.autograd.Function):
 def _gradient_plain(ctx: Any, grad: Tensor) -> Tensor:
     qkv, omega, *_ = ctx.saved_tensors
     out = ctx.plain(*_heads(qkv), omega, ctx.kernel).transpose(1, 2).flatten(2)
-    return torch.autograd.grad(out, qkv, grad, create_graph=True)[0]
+    found: Tensor = torch.autograd.grad(out, qkv, grad, create_graph=True)[0]
+    return found
 
 
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     qkv, omega, out, state, norm = ctx.saved_tensors
     B, N, _, H, _ = qkv.shape
     found = torch.empty_like(qkv)
-    out, grad = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in (out, grad))
+    out, grad = (torch.unflatten(x, -1, (H, -1)).transpose(1, 2) for x in (out, grad))
     for at in blocks(B, H, N):
         given = (_flat(x[at]) for x in (*_heads(qkv), out, grad, state, norm))
-        pieces = _mix_backward(*given, omega, ctx.kernel)
+        pieces = _mix_backward(omega, ctx.kernel, *given)
         for whole, piece in zip(_heads(found), pieces, strict=True):
             whole[at] = piece.view(whole[at].shape)
     return found
@@ -183,6 +185,8 @@ def _mix(
 
 
 def _mix_backward(
+    omega: Tensor,
+    kernel: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -190,8 +194,6 @@ def _mix_backward(
     grad: Tensor,
     state: Tensor,
     norm: Tensor,
-    omega: Tensor,
-    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     phi_k, slope_k = positive_features(_project(k, omega), kernel)
     phi_q, slope_q = positive_features(_project(q, omega), kernel)

@@ -66,7 +66,7 @@ def folded_performer(
     """
     given = (x, weight, bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    found: tuple[Tensor, ...] = _Folded.apply(*given, omega, kernel, plain, keep)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _Folded.apply(*given, omega, kernel, plain, keep)
     return found[0]
 
 
@@ -82,7 +82,7 @@ class _Folded(torch.autograd.Function):
         kernel: str,
         plain: Plain,
         keep: bool,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         maps = _Maps(weight, bias, omega, kernel)
         B, N, C = x.shape
         H, m = maps.num_heads, omega.shape[0]
@@ -101,12 +101,12 @@ class _Folded(torch.autograd.Function):
                 total = weights.sum(dim=0)
                 y[:, 0] = y[:, 0].add_(total.log().add_(top)).softmax(dim=-1)
                 weights.div_(total)
-                sums = (weights.flatten(1).T @ x[i]).unflatten(0, (H, m))
+                sums = torch.unflatten(weights.flatten(1).T @ x[i], 0, (H, m))
                 torch.bmm(_heads(y[:, 0]), maps.values(sums, None), out=_heads(out[i]))
                 pieces = sums, y
             else:
                 phi, _ = positive_features(y, kernel)
-                sums = (phi[:, 1].flatten(1).T @ x[i]).unflatten(0, (H, m))  # (H, m, C)
+                sums = torch.unflatten(phi[:, 1].flatten(1).T @ x[i], 0, (H, m))  # (H, m, C)
                 total = phi[:, 1].sum(dim=0).unsqueeze(-1)  # (H, m, 1)
                 norm = torch.bmm(_heads(phi[:, 0]), total)  # (H, N, 1)
                 mixed = torch.bmm(_heads(phi[:, 0]), maps.values(sums, total))
@@ -142,7 +142,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, omega, out, state, known = ctx.saved_tensors
     maps = _Maps(weight, bias, omega, ctx.kernel)
     H, m = maps.num_heads, omega.shape[0]
-    out, grad = (t.unflatten(-1, (H, -1)) for t in (out, grad))
+    out, grad = (torch.unflatten(t, -1, (H, -1)) for t in (out, grad))
     dx = torch.empty_like(x)
     for i in range(x.shape[0]):
         sums, g = state[i], _heads(grad[i])  # (H, m, C), (H, N, D)
@@ -152,7 +152,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             d_sums, _ = maps.values_backward(d_values, sums, None)
             rows = d_sums.flatten(0, 1)  # (H * m, C)
             d_mixture = torch.bmm(g, maps.values(sums, None).transpose(1, 2))
-            d_weights = (x[i] @ rows.T).unflatten(1, (H, m))
+            d_weights = torch.unflatten(x[i] @ rows.T, 1, (H, m))
             dy = torch.empty_like(phi)
             dy[:, 0] = torch._softmax_backward_data(
                 _heads(d_mixture), phi[:, 0].contiguous(), -1, x.dtype
@@ -173,7 +173,8 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             d_phi = torch.empty_like(phi)
             d_phi_q = torch.bmm(d_mixed, maps.values(sums, total).transpose(1, 2))
             _heads(d_phi[:, 0]).copy_(d_phi_q.addcmul_(d_norm, total.transpose(1, 2)))
-            d_phi[:, 1] = torch.addmm(d_total.flatten(), x[i], rows.T).unflatten(1, (H, m))
+            d_phi_k = torch.addmm(d_total.flatten(), x[i], rows.T)
+            d_phi[:, 1] = torch.unflatten(d_phi_k, 1, (H, m))
             dy = positive_slope(d_phi, slope, ctx.kernel)
         torch.mm(phi[:, 1].flatten(1), rows, out=dx[i])
         maps.features_backward(dy, x[i], dx[i])
@@ -257,4 +258,5 @@ class _Maps:
 
     def _keys(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[1].flatten()
-        return F.linear(x, self.weight[1].flatten(0, 1), bias).unflatten(-1, (self.num_heads, -1))
+        keys = F.linear(x, self.weight[1].flatten(0, 1), bias)
+        return torch.unflatten(keys, -1, (self.num_heads, -1))

@@ -219,7 +219,7 @@ class HeadsAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, H * D) to (B, H, N, D)."""
-        return x.unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
+        return torch.unflatten(x, -1, [self.num_heads, self.head_dim]).transpose(1, 2)
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool

@@ -224,15 +224,16 @@ class PerformerAttention(HeadsAttention):
         if in_blocks(x, elements) and self._may_fold(x):
 
             def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                qkv = F.linear(x, weight, bias).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
-                return _performer(*qkv, omega, kernel).transpose(1, 2).flatten(2)
+                qkv = torch.unflatten(F.linear(x, weight, bias), -1, (3, H, D))
+                q, k, v = qkv.permute(2, 0, 3, 1, 4)
+                return _performer(q, k, v, omega, kernel).transpose(1, 2).flatten(2)
 
             return folded_performer(x, self.qkv.weight, self.qkv.bias, omega, kernel, plain)
         # Without a gradient to find, the plain order is the faster one for longer.
         elements = elements if torch.is_grad_enabled() else elements // 4
         if kernel in ("softmax", "exp") or not in_blocks(x, elements):
             return None
-        qkv = self.qkv(x).unflatten(-1, (3, H, D))
+        qkv = torch.unflatten(self.qkv(x), -1, (3, H, D))
         omega = omega.to(working_dtype(qkv.dtype, wide=False))
         with torch.autocast("cpu", enabled=False):
             return blocked_performer(qkv, omega, kernel, _performer)

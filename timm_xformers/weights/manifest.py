@@ -146,7 +146,7 @@ def with_weights(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, A
         best = next(iter(tagged.values()), plain)
         alike = all(best[key] == plain[key] for key in ("input_size", "num_classes"))
         # timm's mark for the default is an asterisk; it leaves a bare name.
-        found |= {name: plain, **tagged} if alike else {**tagged, f"{name}.*": plain}
+        found |= (tagged or {name: plain}) if alike else {**tagged, f"{name}.*": plain}
     return found
 
 
