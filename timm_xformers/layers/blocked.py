@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.layers import use_fused_attn
 from torch import Tensor
 from torch.nn import functional as F
 
 from timm_xformers.layers.linear import FEATURE_EPS
+from timm_xformers.layers.slices import on_cpu
 
 __all__ = [
     "Plain",
@@ -43,17 +43,14 @@ Plain = Callable[..., Tensor]
 def in_blocks(x: Tensor, num_elements: int) -> bool:
     """Whether attention without a mask goes in blocks: eager, on a CPU, and large enough.
 
-    ``timm.layers.set_fused_attn(False)`` turns it off, as it does timm's own fused attention; the
-    plain order is needed for forward-mode differentiation and for vmap.
+    ``timm.layers.set_fused_attn(False)`` turns it off; the plain order is needed for forward-mode
+    differentiation and for vmap.
 
     Args:
         x: What comes in.
         num_elements: Features of all queries, B * H * N * m.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-    return not tracing and use_fused_attn() and num_elements >= LEAST_FEATURES
+    return num_elements >= LEAST_FEATURES and on_cpu(x)
 
 
 def blocks(num_images: int, num_heads: int, num_tokens: int) -> Iterator[slice | tuple[int, slice]]:

@@ -6,6 +6,7 @@ import sys
 import torch
 from accelerate import Accelerator
 
+from timm_xformers.layers.slices import keep_batches_whole
 from timm_xformers.training.errors import UserError
 from timm_xformers.training.sharding import make_plugin
 
@@ -45,6 +46,7 @@ def _keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in MALLOC_OPTIONS.items():
             libc.mallopt(option, value)
+        keep_batches_whole()
 
 
 def emulates_bf16(device: torch.device) -> bool:
