@@ -34,7 +34,13 @@ from timm_xformers.training.benchmarking.settings import (
     Settings,
 )
 from timm_xformers.training.benchmarking.steps import make_step
-from timm_xformers.training.benchmarking.tables import csv_text, markdown, timm_csv_text
+from timm_xformers.training.benchmarking.summary import summary
+from timm_xformers.training.benchmarking.tables import (
+    csv_text,
+    lines_of,
+    markdown,
+    timm_csv_text,
+)
 from timm_xformers.training.benchmarking.timing import HostStopwatch, run_rounds, warm_up
 
 LAYER = Point(
@@ -317,7 +323,7 @@ def test_table_has_ratios_crossover_growth_and_memory():
     assert cells[4] == "20.68 (20.58 to 20.79)"
     assert cells[5:7] == ["198", "1.00"]
     assert cells[7].startswith("2.00 performer-pytorch at 64, ")
-    assert "| `performer_relu_m64` | 64 | 256 | 1,024 | 4,096 |" in text
+    assert "| `performer_relu_m64` | 64 | 256 | 1,024 | 4,096 | 1.00 |" in text
     assert "- natten: x at 64, 256: not installed." in text
     assert "- **performer-pytorch**: the same." in text
 
@@ -330,13 +336,36 @@ def test_void_points_are_marked_and_do_not_count():
 
 
 def test_csv_has_every_figure():
-    lines = list(csv.DictReader(csv_text(synthetic()).splitlines()))
+    lines = list(csv.DictReader(csv_text(lines_of(synthetic())).splitlines()))
     assert len(lines) == 12
     assert lines[1]["contender"] == "performer_relu_m64"
     assert float(lines[1]["ms"]) == pytest.approx(12.8)
     assert (lines[1]["tokens"], lines[1]["pass"], lines[1]["clock"]) == ("64", "forward", "cpu")
     assert float(lines[1]["vs_peer"]) == pytest.approx(2.0)
     assert lines[2]["package"] == "performer-pytorch"
+
+
+def test_summary_takes_the_worse_allocator_and_leaves_out_what_is_void():
+    rows = [*synthetic(), *synthetic("backward")]
+    slow = [
+        dataclasses.replace(
+            row,
+            point=dataclasses.replace(row.point, allocator="tuned"),
+            vs_exact=dataclasses.replace(row.vs_exact, median=row.vs_exact.median / 2),
+            void=row.size == 4096,
+        )
+        for row in synthetic()
+    ]
+    # What is read from the file again gives the same as what is at hand.
+    lines = lines_of([*rows, *slow])
+    table = summary(list(csv.DictReader(csv_text(lines).splitlines())), "softmax")
+    assert table == summary(lines, "softmax")
+    head, _, exact, ours = ([c.strip() for c in t.split("|")[1:-1]] for t in table.splitlines())
+    assert head[2:5] == ["× exact at 1,024", "× exact at 4,096", "× other packages at 1,024"]
+    assert exact[:4] == ["`softmax`", "", "1,059 / 1,059 ms", "16,945 / 16,945 ms"]
+    assert ours[1:4] == ["396 / 198", "2.59 / 5.17", "20.68 / 20.68"]
+    assert ours[4:] == ["2.00 / 2.00", "2.00 / 2.00", "4,096"]
+    assert summary(lines_of(synthetic(kind="model")), "softmax") == ""
 
 
 def test_models_in_timms_columns():

@@ -24,7 +24,13 @@ from timm_xformers.training.benchmarking.peers import PEERS
 from timm_xformers.training.benchmarking.plan import baseline_of, check, contenders_of, points_of
 from timm_xformers.training.benchmarking.plots import plot_benchmark
 from timm_xformers.training.benchmarking.settings import PASSES, Contender, Point, Settings
-from timm_xformers.training.benchmarking.tables import csv_text, markdown, timm_csv_text
+from timm_xformers.training.benchmarking.summary import summary
+from timm_xformers.training.benchmarking.tables import (
+    csv_text,
+    lines_of,
+    markdown,
+    timm_csv_text,
+)
 from timm_xformers.training.build import build_model
 from timm_xformers.training.devices import MALLOC_OPTIONS, emulation_note
 from timm_xformers.training.errors import UsageError, UserError
@@ -232,10 +238,13 @@ class Benchmark:
             ],
         }
         write_text(output / "benchmark.json", json.dumps(result, indent=1) + "\n")
-        write_text(output / "benchmark.csv", csv_text(self.rows))
+        lines = lines_of(self.rows)
+        write_text(output / "benchmark.csv", csv_text(lines))
         write_text(output / "benchmark.md", markdown(result, self.rows))
         if self.settings.models:
             write_text(output / "timm.csv", timm_csv_text(self.rows))
+        elif table := summary(lines, self.baseline.label):
+            write_text(output / "summary.md", table)
 
 
 def describe(point: Point) -> str:

@@ -147,13 +147,13 @@ def rows_of(
     return rows
 
 
-def growth(seconds: Mapping[int, float]) -> float | None:
-    """Exponent e of time ~ N^e, fitted from `GROWTH_FROM` tokens up; None for a single length.
+def growth(costs: Mapping[int, float]) -> float | None:
+    """Exponent e of cost ~ N^e, fitted from `GROWTH_FROM` tokens up; None for a single length.
 
     Args:
-        seconds: By number of tokens.
+        costs: Time or memory by number of tokens.
     """
-    points = [(math.log(n), math.log(t)) for n, t in seconds.items() if n >= GROWTH_FROM]
+    points = [(math.log(n), math.log(cost)) for n, cost in costs.items() if n >= GROWTH_FROM]
     if len(points) < 2:
         return None
     slope, _ = statistics.linear_regression(*zip(*points, strict=True))

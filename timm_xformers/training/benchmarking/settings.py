@@ -50,6 +50,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounds": 7,
         "limit_seconds": 12.0,
     },
+    # How time and memory grow, our own layers beside exact attention.
+    "growth": {
+        "contenders": [
+            "performer_relu_m64",
+            "performer_softmax_m32",
+            "nystrom_l64_conv33",
+            "linformer_k256",
+            "local1d_w256",
+            "local2d_w8_shifted",
+            "local2d_w8",
+        ],
+        "tokens": [1024, 4096, 16384],
+        "batch_size": 1,
+        "limit_seconds": 20.0,
+        "peers": False,
+    },
     # Does it run at all, in a minute.
     "quick": {
         "tokens": [64, 256, 1024],

@@ -9,12 +9,31 @@ from typing import Any
 from timm_xformers.training.benchmarking.compare import Row, Summary, crossover, growth, main_clock
 from timm_xformers.training.benchmarking.settings import Point
 
-__all__ = ["csv_text", "groups_of", "markdown", "start_of", "timm_csv_text", "title_of"]
+__all__ = [
+    "csv_text",
+    "groups_of",
+    "lines_of",
+    "markdown",
+    "start_of",
+    "timm_csv_text",
+    "title_of",
+]
 
 
-def csv_text(rows: Sequence[Row]) -> str:
-    """One line per contender, point and clock."""
-    return _csv([_flat(row) for row in rows])
+def lines_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The lines of benchmark.csv: one per contender, point and clock."""
+    return [_flat(row) for row in rows]
+
+
+def csv_text(lines: Sequence[dict[str, Any]]) -> str:
+    """Lines as a file; their columns are those of the first."""
+    if not lines:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def timm_csv_text(rows: Sequence[Row]) -> str:
@@ -45,7 +64,7 @@ def timm_csv_text(rows: Sequence[Row]) -> str:
             f"{prefix}_batch_size": point.batch_size,
             f"{prefix}_img_size": point.size or "",
         }
-    return _csv(list(found.values()))
+    return csv_text(list(found.values()))
 
 
 def groups_of(rows: Sequence[Row]) -> dict[Point, list[Row]]:
@@ -123,8 +142,8 @@ def _how(result: dict[str, Any]) -> list[str]:
         "",
         f"Cells: how many times faster than `{result['baseline']}`, whose row has milliseconds. "
         "*from*: tokens from which a contender is as fast, between two lengths by interpolation. "
-        "*growth*: e in time ~ tokens^e, fitted from 1,024 tokens up. *× peer*: how many times "
-        "faster than the fastest other package's form, by length. *void*: the baseline's "
+        "*growth*: e in time or memory ~ tokens^e, fitted from 1,024 tokens up. *× peer*: how many "
+        "times faster than the fastest other package's form, by length. *void*: the baseline's "
         "quartiles were further than 10 % from its median, so that none of it counts.",
     ]
 
@@ -177,12 +196,16 @@ def _against_peers(rows: Any) -> str:
 def _memory_table(rows: Sequence[Row]) -> list[str]:
     sizes = sorted({row.size for row in rows if row.peak_mib is not None})
     lines = [
-        f"| {rows[0].point.kind} | " + " | ".join(f"{size:,}" for size in sizes) + " |",
-        "| --- |" + " ---: |" * len(sizes),
+        f"| {rows[0].point.kind} | " + " | ".join(f"{size:,}" for size in sizes) + " | growth |",
+        "| --- |" + " ---: |" * (len(sizes) + 1),
     ]
     for label in dict.fromkeys(row.contender.label for row in rows):
-        mine = {row.size: row.peak_mib for row in rows if _is(row, label)}
-        cells = ["" if mine.get(size) is None else f"{mine[size]:,.0f}" for size in sizes]
+        mine = {
+            row.size: row.peak_mib for row in rows if _is(row, label) and row.peak_mib is not None
+        }
+        cells = [f"{mine[size]:,.0f}" if size in mine else "" for size in sizes]
+        slope = growth(mine) if all(mine.values()) else None
+        cells.append("" if slope is None else f"{slope:.2f}")
         lines.append(f"| `{label}` | {' | '.join(cells)} |")
     return lines
 
@@ -232,13 +255,3 @@ def _flat(row: Row) -> dict[str, Any]:
         "peak_mib": "" if row.peak_mib is None else row.peak_mib,
         "params": row.params,
     }
-
-
-def _csv(lines: Sequence[dict[str, Any]]) -> str:
-    if not lines:
-        return ""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
