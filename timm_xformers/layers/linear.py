@@ -63,11 +63,12 @@ def positive_mix(phi_q: Tensor, phi_k: Tensor, v: Tensor, keep: Tensor | None = 
     """
     if keep is not None:
         phi_k = phi_k * keep
-    # Keys meet values first: (m, E) is small, while (N, S) is the matrix we exist to avoid.
-    context = phi_k.transpose(-2, -1) @ v  # (B, H, m, E)
-    norm = phi_q @ phi_k.sum(dim=-2).unsqueeze(-1)  # (B, H, N, 1)
+    # Keys meet values first: (m, E) is small, while (N, S) is the matrix we exist to avoid. The sum
+    # of the keys' features is one more column, so that one product gives sums and normaliser.
+    state = torch.cat([phi_k.transpose(-2, -1) @ v, phi_k.sum(dim=-2).unsqueeze(-1)], dim=-1)
+    x = phi_q @ state  # (B, H, N, E + 1)
     # The floor lies below any normaliser with a key (m >= 1), and far above where 1 / x overflows.
-    return (phi_q @ context) / norm.clamp_min(1e-7)
+    return x[..., :-1] / x[..., -1:].clamp_min(1e-7)
 
 
 def _causal_mix(

@@ -94,10 +94,10 @@ def ratios(reference: Sequence[float], own: Sequence[float]) -> Summary:
     return summarise([theirs / ours for theirs, ours in zip(reference, own, strict=True)])
 
 
-def is_void(baseline: Summary) -> bool:
-    """Whether the baseline was disturbed too much for anything beside it to count."""
-    low, high = (1 - STEADY) * baseline.median, (1 + STEADY) * baseline.median
-    return baseline.q1 < low or baseline.q3 > high
+def is_void(times: Summary) -> bool:
+    """Whether a contender was disturbed too much; if the baseline, nothing beside it counts."""
+    low, high = (1 - STEADY) * times.median, (1 + STEADY) * times.median
+    return times.q1 < low or times.q3 > high
 
 
 def rows_of(

@@ -6,7 +6,14 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from timm_xformers.training.benchmarking.compare import Row, Summary, crossover, growth, main_clock
+from timm_xformers.training.benchmarking.compare import (
+    Row,
+    Summary,
+    crossover,
+    growth,
+    is_void,
+    main_clock,
+)
 from timm_xformers.training.benchmarking.settings import Point
 
 __all__ = [
@@ -142,8 +149,8 @@ def _how(result: dict[str, Any]) -> list[str]:
         "",
         f"Cells: how many times faster than `{result['baseline']}`, whose row has milliseconds. "
         "*from*: tokens from which a contender is as fast, between two lengths by interpolation. "
-        "*growth*: e in time or memory ~ tokens^e, fitted from 1,024 tokens up. *× peer*: how many "
-        "times faster than the fastest other package's form, by length. *void*: the baseline's "
+        "*growth*: e in time or memory ~ tokens^e, fitted from 1,024 tokens up to "
+        "where it was itself steady. *× peer*: how many times faster than the fastest other package's form, by length. *void*: the baseline's "
         "quartiles were further than 10 % from its median, so that none of it counts.",
     ]
 
@@ -159,7 +166,8 @@ def _ratio_table(rows: Sequence[Row], baseline: str) -> list[str]:
         mine = {row.size: row for row in rows if _is(row, label)}
         exact = label == baseline
         cells = [_cell(mine.get(size), exact) for size in sizes]
-        slope = growth({n: row.seconds.median for n, row in mine.items() if not row.void})
+        own = {n: row.seconds for n, row in mine.items()}
+        slope = growth({n: time.median for n, time in own.items() if not is_void(time)})
         lines.append(
             f"| `{label}` | {' | '.join(cells)} | {'' if exact else start_of(rows, label)} | "
             f"{'' if slope is None else f'{slope:.2f}'} | {_against_peers(mine.values())} |"
