@@ -20,7 +20,7 @@ __all__ = [
     "summarise",
 ]
 
-# A baseline whose quartiles are further from its median than this share was disturbed.
+# Times whose quartiles are further from their median than this share were disturbed.
 STEADY = 0.1
 # Below, a layer's time is calls rather than tokens.
 GROWTH_FROM = 1024

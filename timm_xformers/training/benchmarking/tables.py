@@ -149,9 +149,10 @@ def _how(result: dict[str, Any]) -> list[str]:
         "",
         f"Cells: how many times faster than `{result['baseline']}`, whose row has milliseconds. "
         "*from*: tokens from which a contender is as fast, between two lengths by interpolation. "
-        "*growth*: e in time or memory ~ tokens^e, fitted from 1,024 tokens up to "
-        "where it was itself steady. *× peer*: how many times faster than the fastest other package's form, by length. *void*: the baseline's "
-        "quartiles were further than 10 % from its median, so that none of it counts.",
+        "*growth*: e in time or memory ~ tokens^e, fitted from 1,024 tokens up, where the "
+        "contender was itself steady. *× peer*: how many times faster than the fastest other "
+        "package's form, by length. *void*: the baseline's quartiles were further than 10 % from "
+        "its median, so that none of it counts.",
     ]
 
 
