@@ -1,5 +1,6 @@
 """The README's blocks do what they say."""
 
+import csv
 import json
 import re
 import shlex
@@ -10,6 +11,8 @@ import pytest
 import timm
 
 from timm_xformers import cli
+from timm_xformers.training.benchmarking.settings import BASELINE
+from timm_xformers.training.benchmarking.summary import summary
 from timm_xformers.training.recipe import shipped_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +68,14 @@ def test_models_table_is_what_its_command_prints(capsys):
     assert cli.main(shlex.split(command)) == 0
     table = re.search(r"<!-- models -->\n(.*?)<!-- /models -->", TEXT, flags=re.DOTALL)[1]
     assert table == capsys.readouterr().out
+
+
+def test_speed_table_is_the_summary_of_the_committed_figures():
+    folder = ROOT / "docs" / "speed" / "readme"
+    with (folder / "benchmark.csv").open(encoding="utf-8", newline="") as file:
+        table = summary(list(csv.DictReader(file)), BASELINE)
+    assert table == (folder / "summary.md").read_text(encoding="utf-8")
+    assert table == re.search(r"<!-- speed -->\n(.*?)<!-- /speed -->", TEXT, flags=re.DOTALL)[1]
 
 
 @pytest.mark.slow

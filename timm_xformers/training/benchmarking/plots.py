@@ -12,8 +12,9 @@ from timm_xformers.training.benchmarking.tables import groups_of, start_of, titl
 __all__ = ["plot_benchmark"]
 
 MARKERS = "osD^vP*X<>"
-# Okabe and Ito's colours, apart for every kind of colour vision; yellow is too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colours without yellow, which is too pale for lines, and two of Paul Tol's: apart
+# for every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 
 
 def plot_benchmark(output: Path, rows: Sequence[Row], baseline: Contender) -> list[str]:
