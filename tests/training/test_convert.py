@@ -37,6 +37,8 @@ def checkout(tmp_path) -> Checkout:
     made.results.mkdir(parents=True)
     made.notes.write_text(NOTES)
     made.readme.write_text(README)
+    made.results_page.parent.mkdir()
+    made.results_page.write_text(README)
     (made.root / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n")
     return made
 
@@ -100,9 +102,11 @@ def test_adding_writes_everything_that_belongs_to_it(finished_run, checkout):
 
     assert checkout.load_recipe(entry.recipe_hash).digest == entry.recipe_hash
     assert "output" not in yaml.safe_load(checkout.stored_recipe(entry.recipe_hash).read_text())
-    row = next(line for line in checkout.readme.read_text().splitlines() if "nano" in line)
+    # Weights of digits are many: the README has their page, not their rows.
+    assert "nano" not in checkout.readme.read_text()
+    row = next(line for line in checkout.results_page.read_text().splitlines() if "nano" in line)
     assert f"{run.record.test_top1_percent:.2f} | 1 | - |" in row
-    assert f"[weights](model_cards/{NAME}.md)" in row
+    assert f"[weights](../model_cards/{NAME}.md)" in row
     assert f"--recipe train_scripts/results/recipes/{entry.recipe_hash}.yaml" in row
     assert stale_files(checkout) == []
 
@@ -203,7 +207,8 @@ def test_stale_files_are_noticed(finished_run, checkout):
     card.write_text(card.read_text() + "by hand\n")
     checkout.card("old").write_text("of weights that are gone\n")
     checkout.readme.write_text(README)
-    wanted = ["model_cards/old.md", f"model_cards/{NAME}.md", "README.md"]
+    checkout.results_page.write_text(README)
+    wanted = ["model_cards/old.md", f"model_cards/{NAME}.md", "README.md", "docs/results.md"]
     assert sorted(stale_files(checkout)) == sorted(wanted)
     checkout.card("old").unlink()
     write_generated(checkout)

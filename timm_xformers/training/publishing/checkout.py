@@ -40,8 +40,13 @@ class Checkout:
 
     @property
     def readme(self) -> Path:
-        """Holds the table of results."""
+        """Holds the table of results, less the many small ones."""
         return self.root / "README.md"
+
+    @property
+    def results_page(self) -> Path:
+        """Holds all results."""
+        return self.root / "docs" / "results.md"
 
     @property
     def notes(self) -> Path:

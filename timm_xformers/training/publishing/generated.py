@@ -1,4 +1,4 @@
-"""What is written from records alone: a card for each packaged weight, the README's tables.
+"""What is written from records alone: a card for each packaged weight, tables of results.
 
 Tests compare the files with what these functions give, so that nothing is edited by hand.
 """
@@ -6,6 +6,7 @@ Tests compare the files with what these functions give, so that nothing is edite
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from timm_xformers.training.atomic import write_text
 from timm_xformers.training.catalog import build_empty
@@ -31,11 +32,21 @@ def write_generated(checkout: Checkout) -> None:
     checkout.cards.mkdir(exist_ok=True)
     for name, text in package_cards(checkout).items():
         write_text(checkout.card(name), text)
-    readme = checkout.readme.read_text(encoding="utf-8")
-    table = results_table(checkout)
-    readme = TABLE.sub(lambda _: table, readme)
-    readme = MODELS.sub(lambda found: found[1] + _models_table(found[2], checkout), readme)
-    write_text(checkout.readme, readme)
+    for path, table in _results_tables(checkout).items():
+        text = _put(TABLE, table, path.read_text(encoding="utf-8"))
+        text = MODELS.sub(lambda found: found[1] + _models_table(found[2], checkout), text)
+        write_text(path, text)
+
+
+def _put(place: re.Pattern[str], table: str, text: str) -> str:
+    return place.sub(lambda _: table, text)
+
+
+def _results_tables(checkout: Checkout) -> dict[Path, str]:
+    return {
+        checkout.readme: results_table(checkout, readme=True),
+        checkout.results_page: results_table(checkout, readme=False),
+    }
 
 
 def _models_table(command: str, checkout: Checkout) -> str:
@@ -58,9 +69,10 @@ def stale_files(checkout: Checkout) -> list[str]:
     found = {path.stem: path.read_text(encoding="utf-8") for path in checkout.cards.glob("*.md")}
     stale = [name for name in sorted({*cards, *found}) if cards.get(name) != found.get(name)]
     files = [f"model_cards/{name}.md" for name in stale]
-    shown = TABLE.search(checkout.readme.read_text(encoding="utf-8"))
-    if shown is None or shown[0] != results_table(checkout):
-        files.append("README.md")
+    for path, table in _results_tables(checkout).items():
+        shown = TABLE.search(path.read_text(encoding="utf-8"))
+        if shown is None or shown[0] != table:
+            files.append(path.relative_to(checkout.root).as_posix())
     return files
 
 

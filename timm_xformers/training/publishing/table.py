@@ -1,4 +1,4 @@
-"""The README's table of results, from records.
+"""Tables of results, from records: all of them, and those that the README shows.
 
 Words that no record has, what mixes the tokens and which published figure to compare with, stand in
 notes.yaml beside the records. The command of a row is found, not written: a shipped recipe whose
@@ -23,10 +23,18 @@ HEADINGS = (
     *("test top-1 %", "seeds", "published"),
 )
 DATA_ORDER = ("digits", "mnist", "cifar10", "cifar100")
+# The data set that nearly every model has weights for.
+MANY = "digits"
 
 
-def results_table(checkout: Checkout) -> str:
-    """Rows of runs that differ in seed only, by data set and in the order of the records."""
+def results_table(checkout: Checkout, *, readme: bool) -> str:
+    """Rows of runs that differ in seed only, by data set and in the order of the records.
+
+    Args:
+        checkout: Where the records are.
+        readme: Leave out the packaged weights of `MANY`, and link from the top folder instead of
+            from docs.
+    """
     notes = checkout.load_notes()
     cards = {
         (entry.model, entry.tag, entry.recipe_hash): name
@@ -40,7 +48,10 @@ def results_table(checkout: Checkout) -> str:
             groups.setdefault((record.model, str(record.recipe_hash)), []).append(record)
         for (model, recipe_hash), runs in groups.items():
             card = cards.get((model, data, recipe_hash))
-            rows.append(_row(data, runs, card, notes, checkout))
+            if card and readme and data == MANY:
+                continue
+            link = f" ([weights]({'' if readme else '../'}model_cards/{card}.md))" if card else ""
+            rows.append(_row(data, runs, link, notes, checkout))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -51,7 +62,7 @@ def source_sentence(notes: dict[str, Any], model: str, data: str) -> str:
 
 
 def _row(
-    data: str, runs: Sequence[Record], card: str | None, notes: dict[str, Any], checkout: Checkout
+    data: str, runs: Sequence[Record], link: str, notes: dict[str, Any], checkout: Checkout
 ) -> tuple[str, ...]:
     first = runs[0]
     recipe_hash = str(first.recipe_hash)
@@ -60,7 +71,6 @@ def _row(
         raise UserError(
             f"{checkout.notes} says nothing of what mixes in {first.model}; add a line there."
         )
-    link = f" ([weights](model_cards/{card}.md))" if card else ""
     tested = [run.test_top1_percent for run in runs if run.test_top1_percent is not None]
     figure = f"{statistics.mean(tested):.2f}"
     if len(tested) > 1:
