@@ -321,7 +321,9 @@ def test_hook_costs_little_beside_import_torch(installed):
         point.load()()
         print((time.process_time() - start) / torch_s)
     """
-    ratios = [float(installed.run(code).check()) for _ in range(3)]
+    ratios = []
+    while min(ratios, default=1) > 1 / 500 and len(ratios) < 3:
+        ratios.append(float(installed.run(code).check()))
     assert min(ratios) <= 1 / 500, ratios
 
 

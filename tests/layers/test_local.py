@@ -17,23 +17,16 @@ DTYPES = [pytest.param(torch.float64, 1e-12, id="f64"), pytest.param(torch.float
 
 def dense_mask(grid, window, neighbours, shift, prefix):
     """Pair by pair: which of N tokens may see which."""
-    tokens = [None] * prefix + [(r, c) for r in range(grid[0]) for c in range(grid[1])]
-    padded = [-(-g // w) * w for g, w in zip(grid, window, strict=True)]
-
-    def box(t):
-        # After the roll a token at t lands at t - shift, counted around the padded map.
-        return tuple((x - s) % p // w for x, s, p, w in zip(t, shift, padded, window, strict=True))
-
-    def sees(a, b):
-        if a is None or b is None:
-            return True
-        apart = [abs(x - y) for x, y in zip(box(a), box(b), strict=True)]
-        if neighbours:
-            return max(apart) <= 1
-        near = all(abs(x - y) < w for x, y, w in zip(a, b, window, strict=True))
-        return max(apart) == 0 and near
-
-    return torch.tensor([[sees(a, b) for b in tokens] for a in tokens])
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # (rows * columns, 2)
+    window, shift = torch.tensor(window), torch.tensor(shift)
+    padded = -(-torch.tensor(grid) // window) * window
+    # After the roll a token at t lands at t - shift, counted around the padded map.
+    boxes = (places - shift) % padded // window
+    apart = (boxes[:, None] - boxes).abs().amax(-1)
+    near = ((places[:, None] - places).abs() < window).all(-1)
+    seen = torch.ones(prefix + len(places), prefix + len(places), dtype=torch.bool)
+    seen[prefix:, prefix:] = apart <= 1 if neighbours else (apart == 0) & near
+    return seen
 
 
 def draw(B, H, N, D, dtype=torch.float64):

@@ -206,8 +206,7 @@ def test_help_answers_at_once_without_torch(command, flags):
         "try: main(sys.argv[1:])\n"
         "finally: assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )
-    times = []  # of the processor, which other work on the machine does not lengthen
-    for _ in range(3):
+    for _ in range(3):  # once in three: what else runs on the machine may slow it
         start = os.times()
         result = subprocess.run(
             [sys.executable, "-c", code, command, "--help"],
@@ -217,11 +216,13 @@ def test_help_answers_at_once_without_torch(command, flags):
         )
         end = os.times()
         user, system = end.children_user, end.children_system
-        times.append(user + system - start.children_user - start.children_system)
+        seconds = user + system - start.children_user - start.children_system
         assert result.returncode == 0, result.stderr
         for flag in flags:
             assert flag in result.stdout
-    assert min(times) < 0.5
+        if seconds < 0.5:  # of the processor
+            break
+    assert seconds < 0.5
 
 
 def test_script_selects_by_what_the_space_says(monkeypatch, capsys, tmp_path):

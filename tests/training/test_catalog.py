@@ -84,11 +84,6 @@ def test_memory_grows_linearly_with_the_batch():
     assert two == pytest.approx(2 * (three - two), rel=0.01)
 
 
-@pytest.mark.parametrize("name", our_models())
-def test_every_model_names_its_mechanism(name):
-    assert build_empty(name).attn_layer in ATTENTION
-
-
 @pytest.mark.slow
 def test_every_model_is_measured():
     models, refused = catalog()

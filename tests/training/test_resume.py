@@ -76,9 +76,33 @@ def stop_at(monkeypatch):
     return at
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Folder of the runs below, which are trained once."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def whole(tiny, kept):
+    """The busy run undisturbed, 17 updates to an epoch; not to be changed."""
+    if not (kept / "whole").exists():
+        train(tiny(output=str(kept / "whole"), **BUSY))
+    return kept / "whole"
+
+
+@pytest.fixture
+def cut_run(tiny, stop_at, kept):
+    """The busy run stopped in its second epoch; not to be changed."""
+    if not (kept / "cut").exists():
+        stop_at(20)
+        with pytest.raises(Stopped):
+            train(tiny(output=str(kept / "cut"), **BUSY))
+        stop_at(-1)
+    return kept / "cut"
+
+
 @pytest.mark.parametrize("update", [1, pytest.param(11, marks=pytest.mark.slow), 20])
-def test_cut_within_an_epoch_goes_on_exactly(tiny, stop_at, tmp_path, update):
-    train(tiny(output="whole", **BUSY))  # 17 updates to an epoch
+def test_cut_within_an_epoch_goes_on_exactly(tiny, stop_at, tmp_path, whole, update):
     stop_at(update)
     with pytest.raises(Stopped) as stopped:
         train(tiny(output="cut", **BUSY))
@@ -88,7 +112,7 @@ def test_cut_within_an_epoch_goes_on_exactly(tiny, stop_at, tmp_path, update):
     torch.rand(7)  # whatever happened in between
     stop_at(-1)
     resume(tmp_path / "cut")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(whole, tmp_path / "cut")
 
 
 def test_filters_in_channels_last_and_muon_go_on_exactly(tiny, stop_at, tmp_path):
@@ -149,10 +173,9 @@ def test_images_from_files_and_workers_go_on_exactly(
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_saving_by_the_clock_does_not_change_the_run(tiny, tmp_path):
-    train(tiny(output="whole", **BUSY))
+def test_saving_by_the_clock_does_not_change_the_run(tiny, tmp_path, whole):
     train(tiny(output="saved", checkpoint_minutes=1e-9, **BUSY))
-    assert_same_run(tmp_path / "whole", tmp_path / "saved")
+    assert_same_run(whole, tmp_path / "saved")
 
 
 def test_time_decides_when_an_epoch_is_saved(tiny, monkeypatch):
@@ -161,10 +184,10 @@ def test_time_decides_when_an_epoch_is_saved(tiny, monkeypatch):
     monkeypatch.setattr(
         train_module._Run, "save", lambda run, *a: (saved.append(a), original(run, *a))[1]
     )
-    train(tiny(output="often", checkpoint_minutes=1e-9))
+    train(tiny(output="often", checkpoint_minutes=1e-9, batch_size=256))  # 4 updates to an epoch
     often = len(saved)
-    train(tiny(output="never", checkpoint_minutes=0.0))
-    assert (often, len(saved) - often) == (1 + 2 * 16, 1 + 2)
+    train(tiny(output="never", checkpoint_minutes=0.0, batch_size=256))
+    assert (often, len(saved) - often) == (1 + 2 * 4, 1 + 2)
 
 
 def test_signal_ends_the_command_with_its_code_and_says_how_to_go_on(
@@ -221,50 +244,55 @@ def remove(path):
     path.unlink()
 
 
-@pytest.fixture(scope="module")
-def cut_run(tmp_path_factory):
-    """A run stopped in its second epoch, and the same run undisturbed."""
-    return tmp_path_factory.mktemp("cut")
-
-
 @pytest.mark.parametrize("damage", [truncate, empty, zero, flip, remove])
 @pytest.mark.parametrize("name", [*LAST_FILES, "training_state.pt", "manifest.json"])
-def test_every_damage_is_named_and_the_checkpoint_before_is_used(
-    tiny, stop_at, cut_run, tmp_path, capsys, name, damage
+def test_every_damage_is_named_and_the_checkpoint_before_is_used(cut_run, tmp_path, name, damage):
+    shutil.copytree(cut_run, tmp_path / "run")
+    damage(tmp_path / "run" / "last" / name)
+    checkpoint = open_last(tmp_path / "run" / "last")
+    # A damaged manifest may accuse another file.
+    assert name in checkpoint.damaged or name == "manifest.json"
+    assert "run/last: " in checkpoint.damaged
+    assert checkpoint.progression.place == "after epoch 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("training_state.pt", truncate),
+        ("config.json", remove),
+        *(
+            pytest.param(name, damage, marks=pytest.mark.slow)
+            for name, damage in [
+                *(("config.json", damage) for damage in (truncate, empty, zero, flip)),
+                *((name, remove) for name in (*LAST_FILES[1:], "training_state.pt")),
+                ("manifest.json", remove),
+            ]
+        ),
+    ],
+)
+def test_runs_go_on_from_the_checkpoint_before_exactly(
+    whole, cut_run, tmp_path, capsys, name, damage
 ):
-    if not (cut_run / "whole").exists():
-        train(tiny(output=str(cut_run / "whole"), **BUSY))
-        stop_at(20)
-        with pytest.raises(Stopped):
-            train(tiny(output=str(cut_run / "cut"), **BUSY))
-        stop_at(-1)
-    shutil.copytree(cut_run / "cut", tmp_path / "run")
+    shutil.copytree(cut_run, tmp_path / "run")
     damage(tmp_path / "run" / "last" / name)
     capsys.readouterr()
-    if name == "config.json" or damage is remove:  # one run to the end for each kind of damage
-        resume(tmp_path / "run")
-        said = capsys.readouterr().err
-        assert "Damaged, hence not used: " in said
-        assert name in said
-        assert "Going on after epoch 1." in said
-        assert_same_run(cut_run / "whole", tmp_path / "run")
-    else:
-        checkpoint = open_last(tmp_path / "run" / "last")
-        # A damaged manifest may accuse another file.
-        assert name in checkpoint.damaged or name == "manifest.json"
-        assert "run/last: " in checkpoint.damaged
-        assert checkpoint.progression.place == "after epoch 1"
+    resume(tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "Damaged, hence not used: " in said
+    assert name in said
+    assert "Going on after epoch 1." in said
+    assert_same_run(whole, tmp_path / "run")
 
 
-def test_killed_before_the_first_checkpoint_starts_at_the_beginning(tiny, tmp_path, capsys):
-    train(tiny(output="whole", **BUSY))
+def test_killed_before_the_first_checkpoint_starts_at_the_beginning(tiny, tmp_path, whole, capsys):
     (tmp_path / "run").mkdir()
     tiny(output="run", **BUSY).save(tmp_path / "run" / "recipe.yaml")
     (tmp_path / "run" / "last.tmp-1").mkdir()
     (tmp_path / "run" / "results.json.tmp-1").touch()
     resume(tmp_path / "run")
     assert "There is no checkpoint yet" in capsys.readouterr().err
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*tmp*"))
 
 
@@ -282,12 +310,9 @@ def test_two_damaged_checkpoints_are_both_named(tiny, stop_at, tmp_path):
     assert str(error.value).endswith("start a new run.")
 
 
-def test_damaged_best_is_named_and_replaced(tiny, stop_at, tmp_path, capsys):
-    stop_at(20)
-    with pytest.raises(Stopped):
-        train(tiny(output="run", **BUSY))
+def test_damaged_best_is_named_and_replaced(cut_run, tmp_path, capsys):
+    shutil.copytree(cut_run, tmp_path / "run")
     flip(tmp_path / "run" / "best" / "model.safetensors")
-    stop_at(-1)
     resume(tmp_path / "run")
     assert "best is damaged (model.safetensors is not what was written)" in capsys.readouterr().err
     assert find_damage(tmp_path / "run" / "best") is None

@@ -125,7 +125,10 @@ def test_impossible_figures_are_refused():
         plan(COSTS, dataclasses.replace(JOB, batch_size=64_000), CLUSTER)
 
 
-@pytest.mark.parametrize("name", ["vix_softmax", "vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize(
+    "name",
+    ["vix_softmax", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow), "resnet18"],
+)
 def test_costs_equal_those_of_real_tensors(name):
     side = 16 if name == "vix_softmax" else 32
     costs = costs_of(name, side, bf16=False)

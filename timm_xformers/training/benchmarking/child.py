@@ -9,11 +9,9 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -22,6 +20,7 @@ from torch.profiler import ProfilerActivity
 
 from timm_xformers.layers.fused import choice
 from timm_xformers.training.benchmarking.layers import build_contender
+from timm_xformers.training.benchmarking.memory import memory_marks
 from timm_xformers.training.benchmarking.peers import Unfit
 from timm_xformers.training.benchmarking.settings import Contender, Point
 from timm_xformers.training.benchmarking.steps import make_step
@@ -96,7 +95,7 @@ def measure_memory(point: Point, contender: Contender, seed: int) -> dict[str, A
     """
     try:
         step, _ = _prepare(contender, point, seed)
-        before, peak = _memory_marks(point.device)
+        before, peak = memory_marks(point.device)
         for _ in range(MEMORY_STEPS):
             step()
         return {"peak_mib": round((peak() - before) / 2**20, 1)}
@@ -132,36 +131,6 @@ def _call(
     choice.MIN_TOKENS = 1 if fused else sys.maxsize
     set_fused_attn(True, experimental=fused)
     return called(x)
-
-
-def _memory_marks(device: str) -> tuple[int, Callable[[], int]]:
-    """Bytes held now, and a function for their peak since."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    status = Path("/proc/self/status")
-    if status.exists():
-
-        def read(field: str) -> int:
-            found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), flags=re.MULTILINE)
-            return int(found[1]) * 1024 if found else 0
-
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        except OSError:
-            pass
-        else:
-            return read("VmRSS"), lambda: read("VmHWM")
-        return read("VmHWM"), lambda: read("VmHWM")
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-
-    def highest() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-    return highest(), highest
 
 
 def _reason(error: Exception) -> str:
