@@ -155,7 +155,16 @@ def test_half_precision_of_long_sequences(kernel, dtype):
     assert all(t.isfinite().all() for t in found)
     # The map of so many tokens is too large: plain float32, which other tests hold to it.
     wide = [t.detach().float().requires_grad_() for t in inputs]
-    assert_near(found, run(plain(omega, kernel), wide, upstream.float()), dtype)
+    expected = run(plain(omega, kernel), wide, upstream.float())
+    if kernel == "relu":  # at the kink, rounding decides on which side a feature lies
+        for index in (0, 1):
+            y = inputs[index].detach().double() @ omega.double().T
+            far = y.abs().amin(dim=-1) > 1e-4
+            assert far.float().mean() > 0.99
+            found[index + 1], expected[index + 1] = (
+                gradients[index + 1][far] for gradients in (found, expected)
+            )
+    assert_near(found, expected, dtype)
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "relu"])
