@@ -23,7 +23,7 @@ import timm_xformers.models  # noqa: F401  (registers the models where autoload 
 from timm_xformers.training.benchmarking.memory import memory_marks
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_MIB = 4096
+LIMIT_MIB = 5120
 # Side of the image, side of a patch, batch.
 IMAGES = [(224, 4, 4), (512, 8, 2)]
 # timm's own ViT-Tiny; the others are ours, the same trunk by another attention.
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit-mib", type=int, default=LIMIT_MIB, metavar="N")
     parser.add_argument(
-        "--needs", action="store_true", help="what failed once more without limit (about 8 GiB)"
+        "--needs", action="store_true", help="what failed once more without limit (up to 8.5 GiB)"
     )
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -30,8 +30,8 @@ FLOATS = ("projection", "bias", "partial", "state", "d_state")
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Not known to be a multiple of anything, as when a model is run.
 COUNTS = ("H", "N", "S", "chunk", "splits", "bias_b")
-# Bytes of registers that may spill to memory, per thread: of 255 registers, a fifth. What comes near
-# it is the gradient of gelu in float32.
+# Bytes of registers that may spill to memory, per thread: a fifth of 255 registers, which the
+# gradient of gelu in float32 comes near.
 SPILLS = 208
 
 
