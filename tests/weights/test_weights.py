@@ -130,11 +130,11 @@ def test_fine_tuning_with_other_heads_channels_and_sizes(name):
 
 
 def test_names_without_weights_claim_none():
-    assert not timm.is_model_pretrained("vix_fnet")
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for vix_fnet"):
-        timm.create_model("vix_fnet", pretrained=True)
+    assert not timm.is_model_pretrained("cct_14_7x2_224")
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for cct_14_7x2_224"):
+        timm.create_model("cct_14_7x2_224", pretrained=True)
     with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
-        timm.create_model("vix_fnet.digits", pretrained=True)
+        timm.create_model("cct_14_7x2_224.digits", pretrained=True)
 
 
 def test_a_callers_own_source_is_left_alone(tmp_path):

@@ -69,13 +69,16 @@ def evaluate_half(run: FinishedRun, folder: Path, name: str, data_dir: str | Non
         data_dir: Where the data lies; None takes the run's own folder.
 
     Returns:
-        A record that says it is of float16 weights.
+        A record that says it is of float16 weights. It is measured in float32, whatever the run
+        trained in: that is what `evaluate` does with a model's name, and bf16 sums differ between
+        processors.
     """
     recipe = dataclasses.replace(
         run.recipe,
         model=f"local-dir:{folder}",
         model_kwargs={},  # the folder says them
         pretrained=False,
+        mixed_precision="no",
         data_dir=data_dir or run.recipe.data_dir,
     )
     return dataclasses.replace(

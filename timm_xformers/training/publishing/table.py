@@ -1,11 +1,14 @@
 """Tables of results, from records: all of them, and those that the README shows.
 
+A row of one run whose weights are in the package has the figure of these weights, rounded and as
+they load, since that is what a reader can measure again; every other row that of its runs.
 Words that no record has, what mixes the tokens and which published figure to compare with, stand in
 notes.yaml beside the records. The command of a row is found, not written: a shipped recipe whose
 hash is the record's, or the recipe that was stored with the weights.
 """
 
 import functools
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +22,14 @@ from timm_xformers.weights import read_manifest
 __all__ = ["results_table", "source_sentence"]
 
 HEADINGS = (
-    *("model", "data, what mixes", "parameters", "command", "seconds"),
+    *("model", "data, what mixes", "parameters", "command", "seconds of training"),
     *("test top-1 %", "seeds", "published"),
 )
 DATA_ORDER = ("digits", "mnist", "cifar10", "cifar100")
 # The data set that nearly every model has weights for.
 MANY = "digits"
+# What makers add to a processor's name.
+NOISE = re.compile(r"\((?:R|TM)\)| (?:Processor|CPU)\b.*| \d+-Core.*")
 
 
 def results_table(checkout: Checkout, *, readme: bool) -> str:
@@ -32,8 +37,8 @@ def results_table(checkout: Checkout, *, readme: bool) -> str:
 
     Args:
         checkout: Where the records are.
-        readme: Leave out the packaged weights of `MANY`, and link from the top folder instead of
-            from docs.
+        readme: Keep the packaged weights but for those of `MANY`, and what was run with several
+            seeds; link from the top folder instead of from docs.
     """
     notes = checkout.load_notes()
     cards = {
@@ -48,10 +53,10 @@ def results_table(checkout: Checkout, *, readme: bool) -> str:
             groups.setdefault((record.model, str(record.recipe_hash)), []).append(record)
         for (model, recipe_hash), runs in groups.items():
             card = cards.get((model, data, recipe_hash))
-            if card and readme and data == MANY:
+            if readme and (data == MANY if card else len(runs) == 1):
                 continue
-            link = f" ([weights]({'' if readme else '../'}model_cards/{card}.md))" if card else ""
-            rows.append(_row(data, runs, link, notes, checkout))
+            folder = "model_cards" if readme else "../model_cards"
+            rows.append(_row(data, runs, card, folder, notes, checkout))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -62,16 +67,23 @@ def source_sentence(notes: dict[str, Any], model: str, data: str) -> str:
 
 
 def _row(
-    data: str, runs: Sequence[Record], link: str, notes: dict[str, Any], checkout: Checkout
+    data: str,
+    runs: Sequence[Record],
+    card: str | None,
+    cards: str,
+    notes: dict[str, Any],
+    checkout: Checkout,
 ) -> tuple[str, ...]:
     first = runs[0]
+    link = f" ([weights]({cards}/{card}.md))" if card else ""
     recipe_hash = str(first.recipe_hash)
     mixes = notes["mixes"].get(recipe_hash) or notes["mixes"].get(first.model)
     if mixes is None:
         raise UserError(
             f"{checkout.notes} says nothing of what mixes in {first.model}; add a line there."
         )
-    tested = [run.test_top1_percent for run in runs if run.test_top1_percent is not None]
+    loaded = [checkout.load_half_record(card)] if card and len(runs) == 1 else runs
+    tested = [run.test_top1_percent for run in loaded if run.test_top1_percent is not None]
     figure = f"{statistics.mean(tested):.2f}"
     if len(tested) > 1:
         figure += f" ± {statistics.stdev(tested):.2f}"
@@ -80,11 +92,18 @@ def _row(
         f"{data}: {mixes}{link}",
         f"{first.params:,}",
         f"`{_command(first, notes, checkout)}`",
-        f"{statistics.median(run.seconds for run in runs):.0f}",
+        f"{statistics.median(run.seconds for run in runs):,.0f} on {_processor(first)}",
         figure,
         f"{len(tested)}",
         _published(notes, first.model, data),
     )
+
+
+def _processor(record: Record) -> str:
+    hardware = record.hardware
+    if hardware.get("gpu"):
+        return f"{record.num_processes} × {hardware['gpu']}"
+    return f"{hardware['threads']} × {NOISE.sub('', hardware['cpu']).strip()}"
 
 
 def _published(notes: dict[str, Any], model: str, data: str) -> str:
