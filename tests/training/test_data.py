@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_xformers.training.devices import usable_cores
 from timm_xformers.training.errors import UsageError, UserError
+from timm_xformers.training.images import loader
 from timm_xformers.training.images.data import make_batches, open_data
 from timm_xformers.training.images.preprocessing import Preprocessing
 from timm_xformers.training.images.rawsplit import PilImages, raw_split
@@ -150,6 +152,20 @@ def test_workers_and_entry_point_do_not_change_a_sample(image_folder):
     assert torch.equal(alone[8:], late)
     assert not torch.equal(alone, other)
     assert before.shape == torch.get_rng_state().shape
+
+
+def test_no_more_decoders_than_cores(image_folder, monkeypatch):
+    started = []
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args, num_workers, **kwargs):
+            started.append(num_workers)
+            super().__init__(*args, num_workers=0, **{**kwargs, "persistent_workers": False})
+
+    monkeypatch.setattr(loader, "DataLoader", Loader)
+    recipe = Recipe(data="folder", data_dir=str(image_folder), in_memory=False, num_workers=64)
+    whole(open_data(recipe).train, recipe, SQUARES)
+    assert started == [usable_cores()]
 
 
 def test_own_validation_folder_is_used_beside_a_test_folder(image_folder):

@@ -174,7 +174,7 @@ class Recipe:
     # Save the state of a run within an epoch too, whenever so many minutes have passed since it
     # was last saved; 0: only after each epoch.
     checkpoint_minutes: float = _bounded(10.0, low=0.0)
-    # Processes that decode images when they come from files.
+    # Processes that decode images when they come from files; at most one a core is started.
     num_workers: int = _bounded(2, low=0)
     seed: int = _bounded(0, low=0)
     # Where figures go besides the run folder; null: TensorBoard if it is installed, []: nowhere.

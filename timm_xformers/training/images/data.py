@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torchvision.transforms import Compose, RandomErasing
 
+from timm_xformers.training.devices import usable_cores
 from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.images.augment import Augmentation
 from timm_xformers.training.images.loader import LoaderBatches
@@ -164,7 +165,7 @@ def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) 
         refuse_unreadable(problems, sum(map(len, chosen.values())))
     else:
         for name, split in chosen.items():
-            found[name], lost = drop_unreadable(split, recipe.num_workers)
+            found[name], lost = drop_unreadable(split, _decoders(recipe))
             skipped += lost
 
     if known is not None and known.in_chans == in_chans:
@@ -190,6 +191,11 @@ def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) 
     )
 
 
+def _decoders(recipe: Recipe) -> int:
+    """Decoding processes; more than there are cores only get in each other's way."""
+    return min(recipe.num_workers, usable_cores())
+
+
 def make_batches(
     split: RawSplit,
     recipe: Recipe,
@@ -212,7 +218,7 @@ def make_batches(
             rand_augment=recipe.rand_augment,
         )
         return MemoryBatches(
-            decode(split, preprocessing, recipe.num_workers),
+            decode(split, preprocessing, _decoders(recipe)),
             split.labels,
             mean=preprocessing.mean,
             std=preprocessing.std,
@@ -243,7 +249,7 @@ def make_batches(
         mean=preprocessing.mean,
         std=preprocessing.std,
         device=device,
-        num_workers=recipe.num_workers,
+        num_workers=_decoders(recipe),
         seed=recipe.seed,
     )
 

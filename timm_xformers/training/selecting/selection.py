@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from timm_xformers.training.devices import usable_cores
 from timm_xformers.training.errors import UsageError, UserError, require_extra
 from timm_xformers.training.folder import plain_name
 from timm_xformers.training.recipe import Recipe, load_recipe, override
@@ -141,7 +142,7 @@ def _share(search: Search, workers: int) -> None:
     """
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
-    threads = max(1, min(torch.get_num_threads(), _available_cores()) // workers)
+    threads = max(1, min(torch.get_num_threads(), usable_cores()) // workers)
     running = [
         context.Process(target=_worker, args=(search, threads, answers)) for _ in range(workers)
     ]
@@ -176,12 +177,6 @@ def _worker(search: Search, threads: int, answers: Any) -> None:
     except UserError as error:
         answers.put(type(error)(str(error)))
         raise SystemExit(error.exit_code) from None
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _summaries(search: Search) -> list[Summary]:
