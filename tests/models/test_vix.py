@@ -170,6 +170,16 @@ def test_refusals_say_what_to_do(name, arguments, message):
         small(name, **arguments)
 
 
+def test_tokens_that_training_leaves_in_keep_their_order():
+    model = timm.create_model("vix_nystrom", img_size=8, patch_drop_rate=0.5)
+    places = torch.arange(65.0).reshape(1, 65, 1)
+    kept = model.patch_drop(places).flatten()
+    assert len(kept) == 33
+    assert torch.equal(kept, kept.sort().values)
+    assert kept[0] == 0
+    assert torch.equal(model.eval().patch_drop(places), places)
+
+
 def test_linformer_refuses_other_lengths_after_a_change_by_hand():
     model = small("vix_linformer")
     with pytest.raises(ValueError, match="for 65 tokens and got 50"):

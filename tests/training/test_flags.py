@@ -36,6 +36,7 @@ ON_DIGITS = {
     "cutmix": 0.5,
     "clip_grad": 0.01,
     "drop_path_rate": 0.5,
+    "patch_drop_rate": 0.5,
     "model_ema_decay": 0.9,
     "mixed_precision": "bf16",
     "stages": [{"epoch": 1, "img_size": 12, "batch_size": 32}],

@@ -12,7 +12,7 @@ import yaml
 
 from timm_xformers.cli import main
 from timm_xformers.training import train as train_module
-from timm_xformers.training.errors import UsageError
+from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.recipe import load_recipe
 from timm_xformers.training.session import open_session
@@ -33,6 +33,8 @@ def test_stages_fill_in_what_they_do_not_say(tiny):
     recipe = tiny(**{**GROWING, "epochs": 9, "batch_size": 32})
     stages = read_stages(recipe, 16)
     assert stages == (Stage(1, 8, 128), Stage(2, 16, 64))
+    halves = tiny(epochs=2, patch_drop_rate=0.5, stages=[{"epoch": 2, "patch_drop_rate": 0}])
+    assert [stage.patch_drop_rate for stage in read_stages(halves, 8)] == [0.5, 0]
     assert [stage_of(stages, epoch).img_size for epoch in (0, 1, 2, 9)] == [8, 8, 16, 16]
     assert read_stages(tiny(), None) == (Stage(1, None, 64),)
     later = tiny(epochs=5, stages=[{"epoch": 3, "batch_size": 16}])
@@ -49,6 +51,49 @@ def test_model_grows_and_what_is_kept_has_the_last_size(tiny, tmp_path):
     )
     assert record.img_size == 16
     assert record.best_epoch >= 2
+
+
+def tokens_seen(session, batches, epoch):
+    counts = set()
+    hook = session.trainer.model.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: counts.add(inputs[0].shape[1])
+    )
+    session.enter(epoch)
+    session.trainer.train_epoch(batches, epoch, lambda *_: None, lambda _: None, EpochSums())
+    hook.remove()
+    return counts
+
+
+def test_share_of_tokens_by_stage(tiny, tmp_path):
+    settings = {
+        "patch_drop_rate": 0.5,
+        "epochs": 3,
+        "stages": [
+            {"epoch": 2, "patch_drop_rate": 0.25},
+            {"epoch": 3, "patch_drop_rate": 0},
+        ],
+    }
+    session = open_session(tiny(**settings))
+    batches = session.batches(session.data.train.subset(torch.arange(128)), training=True)
+    # A class token and 2x2 patches.
+    assert [tokens_seen(session, batches, epoch) for epoch in (1, 2, 3)] == [{3}, {4}, {5}]
+    folder, _ = train(tiny(output="run", **settings))
+    assert "patch_drop_rate" not in (folder.best / "config.json").read_text()
+
+
+def test_a_later_stage_that_leaves_tokens_out(tiny):
+    session = open_session(tiny(epochs=2, stages=[{"epoch": 2, "patch_drop_rate": 0.5}]))
+    batches = session.batches(session.data.train.subset(torch.arange(128)), training=True)
+    assert [tokens_seen(session, batches, epoch) for epoch in (1, 2)] == [{5}, {3}]
+
+
+def test_models_that_need_every_token_say_so(tiny):
+    with pytest.raises(UserError, match=r"needs every token in its place, so patch_drop_rate=0\.5"):
+        open_session(tiny(model="vix_local2d_w8", patch_drop_rate=0.5))
+    with pytest.raises(UserError, match="needs every token in its place"):
+        open_session(tiny(model="vix_linformer", model_kwargs={}, patch_drop_rate=0.5))
+    with pytest.raises(UserError, match=r"Cannot build swin_local_tiny.*patch_drop_rate"):
+        open_session(tiny(model="swin_local_tiny", model_kwargs={}, patch_drop_rate=0.5))
 
 
 def test_weights_state_and_schedule_carry_over(tiny):
@@ -110,6 +155,8 @@ def test_cut_on_either_side_of_the_change_goes_on_exactly(tiny, monkeypatch, tmp
         ([{"img_size": 8}], r"after epoch 0; each entry names its first epoch, in rising order"),
         ([{"epoch": 2}, {"epoch": 2}], r"after epoch 2; each entry names"),
         ([3], r"stages has =3"),
+        ([{"epoch": 1, "patch_drop_rate": 1}], r"stages has patch_drop_rate=1; an entry takes"),
+        ([{"epoch": 1, "img_size": 8.5}], r"stages has img_size=8.5"),
     ],
 )
 def test_wrong_stages_are_refused(tiny, stages, message):

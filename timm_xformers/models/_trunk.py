@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import PatchDropout, to_2tuple
 from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
@@ -77,6 +77,8 @@ class Trunk(VisionTransformer):
         )
         self.attn_layer = attn_layer
         self.rope = rope
+        if isinstance(layer := self.patch_drop, PatchDropout):
+            layer.ordered = True  # Nyström's segments and convolution follow the sequence
         self._fix_positions()
         set_token_layout(self)
         redraw_features(self, feature_seed)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.layers import PatchDropout
 from torch import nn
 from torch.optim import Optimizer
 
@@ -79,6 +80,7 @@ class Session:
         stage, before = stage_of(self.stages, epoch), self.stage
         self.stage = stage
         self.trainer.batch_size = stage.batch_size
+        _leave_out(self.trainer.model, stage.patch_drop_rate)
         if stage.img_size is None or stage.img_size == before.img_size:
             return False
         side = stage.img_size
@@ -145,7 +147,15 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
             )
     # The unit of the schedule is an epoch of the last stage.
     steps = num_train_batches(len(data.train), stages[-1].batch_size, accelerator.num_processes)
-    preprocessing, model_args, trainer = _make_trainer(recipe, data, accelerator, stages[0], steps)
+    preprocessing, model_args, trainer = _make_trainer(
+        recipe,
+        data,
+        accelerator,
+        stages[0],
+        steps,
+        # The model is built for the largest share of any stage, and refuses it if it must.
+        max(stage.patch_drop_rate for stage in stages),
+    )
     return Session(
         recipe=recipe,
         data=data,
@@ -159,7 +169,12 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
 
 
 def _make_trainer(
-    recipe: Recipe, data: Data, accelerator: Accelerator, stage: Stage, steps: int
+    recipe: Recipe,
+    data: Data,
+    accelerator: Accelerator,
+    stage: Stage,
+    steps: int,
+    patch_drop_rate: float,
 ) -> tuple[Preprocessing, dict[str, Any], Trainer]:
     img_size = stage.img_size
     arguments: dict[str, Any] = {
@@ -169,12 +184,16 @@ def _make_trainer(
     }
     if recipe.drop_path_rate:
         arguments["drop_path_rate"] = recipe.drop_path_rate
+    if patch_drop_rate:
+        arguments["patch_drop_rate"] = patch_drop_rate
     seed_everything(derive_seed(recipe.seed, "model"))
     model, model_args = build_model(
         recipe.model, img_size=img_size, pretrained=recipe.pretrained, **arguments
     )
+    _leave_out(model, stage.patch_drop_rate)
     # These are kept with the weights, and regularisation is not a property of weights.
-    model_args.pop("drop_path_rate", None)
+    for name in ("drop_path_rate", "patch_drop_rate"):
+        model_args.pop(name, None)
     preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
     if not recipe.pretrained:
         preprocessing = data.preprocess(preprocessing, recipe.normalize)
@@ -222,6 +241,12 @@ def _prepare(
         wrapped, prepared = accelerator.prepare(model, optimizer)
     compiled: Any = torch.compile(wrapped) if recipe.compile else wrapped
     return compiled, prepared
+
+
+def _leave_out(model: Any, share: float) -> None:
+    """Let training leave out a share of the tokens, if the model was built to."""
+    if isinstance(layer := getattr(model, "patch_drop", None), PatchDropout):
+        layer.prob = share
 
 
 def _checkpoint_blocks(model: Any, name: str) -> None:

@@ -1,8 +1,9 @@
-"""Growing images: the side and the batch size that each epoch has.
+"""Growing images: the side, the batch size and the share of tokens that each epoch has.
 
-Small images first make long sequences affordable. At the start of a stage the model's positions and
-sequence projections are interpolated, the optimiser keeps what it knows of all other weights, and
-the choice of the best epoch starts anew, since only weights of the last size are of use.
+Small images, and parts of images, make long sequences affordable. At the start of a stage the
+model's positions and sequence projections are interpolated, the optimiser keeps what it knows of
+all other weights, and the choice of the best epoch starts anew, since only weights of the last size
+are of use.
 """
 
 from collections.abc import Sequence
@@ -21,26 +22,31 @@ class Stage:
         epoch: The first one.
         img_size: Side of the square input in pixels; None where the model's own is used.
         batch_size: Images per process and pass.
+        patch_drop_rate: Share of an image's tokens that training leaves out.
     """
 
     epoch: int
     img_size: int | None
     batch_size: int
+    patch_drop_rate: float = 0.0
 
 
 def read_stages(recipe: Recipe, img_size: int | None) -> tuple[Stage, ...]:
     """Stages of a recipe, the first from epoch 1.
 
     Args:
-        recipe: Its ``stages`` say what changes; ``batch_size`` and ``img_size`` hold elsewhere.
+        recipe: Its ``stages`` say what changes; its own ``batch_size``, ``patch_drop_rate`` and
+            ``img_size`` hold elsewhere.
         img_size: Side of the input where no stage says another.
     """
-    stages = [Stage(1, img_size, recipe.batch_size)]
+    stages = [Stage(1, img_size, recipe.batch_size, recipe.patch_drop_rate)]
     for entry in recipe.stages:
+        side = entry.get("img_size", img_size)
         stage = Stage(
-            entry["epoch"],
-            entry.get("img_size", img_size),
-            entry.get("batch_size", recipe.batch_size),
+            int(entry["epoch"]),
+            None if side is None else int(side),
+            int(entry.get("batch_size", recipe.batch_size)),
+            entry.get("patch_drop_rate", recipe.patch_drop_rate),
         )
         if stage.epoch == 1:
             stages.clear()
