@@ -114,9 +114,9 @@ def test_pictures_from_an_address(finished_run, digits, tmp_path):
     ("arguments", "code", "words"),
     [
         ("vix_sofmax here.png", 2, "nearest: vix_softmax"),
-        ("vix_fnet here.png", 1, "No pretrained weights exist"),
-        ("vix_fnet nowhere.png", 1, "nowhere.png does not exist"),
-        ("vix_fnet empty", 1, "empty holds no images"),
+        ("cct_14_7x2_224 here.png", 1, "No pretrained weights exist"),
+        ("cct_14_7x2_224 nowhere.png", 1, "nowhere.png does not exist"),
+        ("cct_14_7x2_224 empty", 1, "empty holds no images"),
         ("local-dir:empty here.png", 1, "config.json is missing"),
     ],
 )
