@@ -87,6 +87,13 @@ def test_a_later_stage_that_leaves_tokens_out(tiny):
     assert [tokens_seen(session, batches, epoch) for epoch in (1, 2)] == [{5}, {3}]
 
 
+def test_a_share_among_the_models_arguments_is_left_alone(tiny):
+    kwargs = {**tiny().model_kwargs, "patch_drop_rate": 0.5}
+    session = open_session(tiny(model_kwargs=kwargs))
+    batches = session.batches(session.data.train.subset(torch.arange(128)), training=True)
+    assert tokens_seen(session, batches, 1) == {3}
+
+
 def test_models_that_need_every_token_say_so(tiny):
     with pytest.raises(UserError, match=r"needs every token in its place, so patch_drop_rate=0\.5"):
         open_session(tiny(model="vix_local2d_w8", patch_drop_rate=0.5))

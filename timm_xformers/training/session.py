@@ -80,7 +80,8 @@ class Session:
         stage, before = stage_of(self.stages, epoch), self.stage
         self.stage = stage
         self.trainer.batch_size = stage.batch_size
-        _leave_out(self.trainer.model, stage.patch_drop_rate)
+        if any(each.patch_drop_rate for each in self.stages):
+            _leave_out(self.trainer.model, stage.patch_drop_rate)
         if stage.img_size is None or stage.img_size == before.img_size:
             return False
         side = stage.img_size
@@ -190,7 +191,8 @@ def _make_trainer(
     model, model_args = build_model(
         recipe.model, img_size=img_size, pretrained=recipe.pretrained, **arguments
     )
-    _leave_out(model, stage.patch_drop_rate)
+    if patch_drop_rate:  # else model_kwargs may have a share of their own
+        _leave_out(model, stage.patch_drop_rate)
     # These are kept with the weights, and regularisation is not a property of weights.
     for name in ("drop_path_rate", "patch_drop_rate"):
         model_args.pop(name, None)
