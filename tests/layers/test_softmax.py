@@ -65,3 +65,67 @@ def test_module_equals_timm_with_its_weights(case):
 def test_refuses_heads_that_do_not_divide():
     with pytest.raises(ValueError, match=r"dim=30 is not a multiple of num_heads=4"):
         SoftmaxAttention(30, 4)
+
+
+def _half(N, S, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    sizes = ((2, 2, N, 16), (2, 2, S, 16), (2, 2, S, 16))
+    return [torch.randn(*s, generator=rng).bfloat16().requires_grad_() for s in sizes]
+
+
+@pytest.mark.parametrize("form", ["none", "bool", "additive"])
+@pytest.mark.parametrize(("N", "S"), [(17, 17), (5, 196), (196, 5)])
+def test_small_maps_trained_in_bfloat16_match_the_formula(N, S, form):
+    inputs = _half(N, S)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    mask = torch.rand(2, 1, N, S, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[0, 0, 3] = False  # a query without keys
+    given = {"none": None, "bool": mask, "additive": torch.zeros(mask.shape)}[form]
+    if form == "additive":
+        given = given.masked_fill(~mask, float("-inf"))
+    fast = softmax_attention(*inputs, attn_mask=given)
+    slow = by_definition(*wide, None if form == "none" else mask)
+    assert fast.dtype == torch.bfloat16
+    upstream = torch.randn(fast.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    pairs = [(fast, slow)]
+    pairs += zip(
+        torch.autograd.grad(fast, inputs, upstream),
+        torch.autograd.grad(slow, wide, upstream.double()),
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < 0.01  # bfloat16 keeps 8 binary digits: 0.004 a rounding
+
+
+def test_small_maps_in_bfloat16_drop_what_they_are_told_to():
+    inputs = _half(17, 17)
+    kept = softmax_attention(*inputs, dropout_p=0.0)
+    torch.manual_seed(0)
+    drawn = torch.stack([softmax_attention(*inputs, dropout_p=0.5).float() for _ in range(400)])
+    assert (drawn[0] != drawn[1]).any()
+    spread = drawn.std(dim=0).mean() / 400**0.5
+    assert (drawn.mean(dim=0) - kept.float()).abs().mean() < 2 * spread
+
+
+@pytest.mark.parametrize(
+    ("N", "dtype", "trains", "fused"),
+    [
+        (16, torch.bfloat16, True, False),
+        (256, torch.bfloat16, True, False),
+        (257, torch.bfloat16, True, True),
+        (16, torch.bfloat16, False, True),
+        (16, torch.float32, True, True),
+    ],
+)
+def test_the_map_is_formed_only_where_that_is_faster(N, dtype, trains, fused, monkeypatch):
+    calls = []
+    whole = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs),
+    )
+    q = torch.randn(1, 1, N, 8, dtype=dtype, requires_grad=trains)
+    softmax_attention(q, q, q)
+    assert bool(calls) is fused
