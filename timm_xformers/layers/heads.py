@@ -127,7 +127,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: 
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    return weights @ v
+    mixed: Tensor = weights @ v
+    return mixed
 
 
 def attend(
