@@ -133,6 +133,22 @@ def test_filters_in_channels_last_and_muon_go_on_exactly(tiny, stop_at, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_tokens_left_out_go_on_exactly(tiny, stop_at, tmp_path):
+    settings = {
+        **BUSY,
+        "patch_drop_rate": 0.5,
+        "stages": [{"epoch": 2, "img_size": 16, "patch_drop_rate": 0.75}],
+    }
+    train(tiny(output="whole", **settings))
+    stop_at(20)
+    with pytest.raises(Stopped):
+        train(tiny(output="cut", **settings))
+    torch.rand(7)  # whatever happened in between
+    stop_at(-1)
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_cut_at_every_update_goes_on_exactly(tiny, stop_at, tmp_path):
     settings = {**BUSY, "epochs": 1, "batch_size": 128}
     train(tiny(output="whole", **settings))
