@@ -142,7 +142,7 @@ class Trainer:
             rank=rank,
             world_size=world_size,
         )
-        watch = _LossWatch(epoch, len(order), sums)
+        watch = _LossWatch(epoch, len(order), sums, hasattr(self.wrapped, "_orig_mod"))
         first = sums.passes
         self.wrapped.train()
         start = reported = time.perf_counter() - sums.seconds
@@ -244,11 +244,14 @@ class Trainer:
 class _LossWatch:
     """Collects losses and right answers on the device and reads them now and then."""
 
-    def __init__(self, epoch: int, num_batches: int, sums: EpochSums) -> None:
+    def __init__(self, epoch: int, num_batches: int, sums: EpochSums, compiled: bool) -> None:
         self.epoch = epoch
         self.num_batches = num_batches
         self.pending: list[Tensor] = []
         self.sums = sums
+        self.advice = "lower lr or set clip_grad=1"
+        if compiled:  # kernels can be wrong too
+            self.advice += ", or see whether it comes without compile=true"
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         # Of two mixed images, the heavier one counts.
@@ -269,8 +272,7 @@ class _LossWatch:
                 if not math.isfinite(loss):
                     raise DivergedError(
                         f"The loss became {loss} in epoch {self.epoch}, step {sums.passes} of "
-                        f"{self.num_batches}; lower lr or set clip_grad=1. The best weights so far "
-                        "are kept."
+                        f"{self.num_batches}; {self.advice}. The best weights so far are kept."
                     )
                 sums.loss += loss
                 sums.right += int(right)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_xformers.training.build import build_model, check_input
+from timm_xformers.training.compiling import compile_model
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.errors import UsageError
 from timm_xformers.training.images.data import Batches, Data, make_batches, open_data
@@ -241,7 +242,7 @@ def _prepare(
         wrapped, prepared = prepare_sharded(accelerator, model, optimizer)
     else:
         wrapped, prepared = accelerator.prepare(model, optimizer)
-    compiled: Any = torch.compile(wrapped) if recipe.compile else wrapped
+    compiled: Any = compile_model(wrapped) if recipe.compile else wrapped
     return compiled, prepared
 
 

@@ -31,6 +31,7 @@ from timm_xformers.training.benchmarking.timing import (
     run_rounds,
     warm_up,
 )
+from timm_xformers.training.compiling import compile_model
 
 __all__ = ["can_fork", "main", "measure_memory", "measure_time"]
 
@@ -114,7 +115,7 @@ def _prepare(contender: Contender, point: Point, seed: int) -> tuple[Callable[[]
     parameters = list(module.parameters())
     called: Callable[[torch.Tensor], torch.Tensor] = module
     if contender.mode == "compiled":
-        called = torch.compile(module, dynamic=False)
+        called = compile_model(module, dynamic=False)
     called = functools.partial(_call, called, contender.mode == "fused")
     if contender.mode == "fused":
         with torch.no_grad(), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
