@@ -1,4 +1,4 @@
-"""Compiled models: the same losses and gradients as plain ones, on whatever compiler is there."""
+"""Compiled models: their gradients are those of plain ones, with whatever compiler is there."""
 
 import functools
 
@@ -18,22 +18,26 @@ SIDES = {"mnist": (28, 1), "cifar10": (32, 3)}
 COMPILED = [name for name in shipped_recipes() if load_recipe(name, {}).compile]
 
 
-def gradients(called, module, x, precision):
+def gradients(called, module, x, bf16):
     module.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         y = called(x)
     y.float().square().mean().backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
+    return {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
-def assert_same_gradients(module, x, precision):
-    one = gradients(module, module, x, precision)
-    other = gradients(compile_model(module, dynamic=False), module, x, precision)
-    # bf16 keeps eight bits, and some gradients are sums that nearly cancel.
-    scale = max(value.norm() for value in one.values())
-    for name, value in one.items():
-        error = (other[name] - value).norm()  # no number if one entry is none
-        assert error <= 0.03 * value.norm() + 1e-3 * scale, name
+def assert_gradients_of_compiled(module, x, bf16):
+    """As near to those in float32 as bf16 allows, or not much further off than uncompiled ones."""
+    exact = gradients(module, module, x, False)
+    plain = gradients(module, module, x, bf16)
+    compiled = gradients(compile_model(module, dynamic=False), module, x, bf16)
+    # Beside the largest of them, some are nothing but rounding, such as biases before a norm.
+    scale = max(value.norm() for value in exact.values())
+    for name, value in exact.items():
+        error = (compiled[name] - value).norm()  # no number if one entry is none
+        # Uncompiled, sums over tokens in bf16 (bias of a norm) can be off by half.
+        allowed = max(0.03 * value.norm(), 1.5 * (plain[name] - value).norm())
+        assert error <= allowed + 1e-3 * scale, name
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,7 @@ def test_gradient_of_attention_at_64_tokens(name):
     """Shapes whose kernel GCC 12.2 makes wrong on some processors, at its own choice of flags."""
     torch.manual_seed(0)
     attn = timm.create_model(name, depth=1).train().blocks[0].attn
-    assert_same_gradients(attn, torch.randn(32, 64, 128), "bf16")
+    assert_gradients_of_compiled(attn, torch.randn(32, 64, 128), True)
 
 
 @pytest.mark.slow
@@ -65,7 +69,7 @@ def test_gradients_of_shipped_recipes(recipe):
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
             x = x.contiguous(memory_format=torch.channels_last)
-        assert_same_gradients(model, x, recipe.mixed_precision)
+        assert_gradients_of_compiled(model, x, recipe.mixed_precision == "bf16")
 
 
 @pytest.mark.skipif(not cpp_builder.is_gcc(), reason="the flag is GCC's")
