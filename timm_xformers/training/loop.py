@@ -142,7 +142,8 @@ class Trainer:
             rank=rank,
             world_size=world_size,
         )
-        watch = _LossWatch(epoch, len(order), sums, hasattr(self.wrapped, "_orig_mod"))
+        compiled = hasattr(self.wrapped, "_orig_mod")
+        watch = _LossWatch(epoch, len(order), sums, compiled=compiled)
         first = sums.passes
         self.wrapped.train()
         start = reported = time.perf_counter() - sums.seconds
@@ -244,7 +245,9 @@ class Trainer:
 class _LossWatch:
     """Collects losses and right answers on the device and reads them now and then."""
 
-    def __init__(self, epoch: int, num_batches: int, sums: EpochSums, compiled: bool) -> None:
+    def __init__(
+        self, epoch: int, num_batches: int, sums: EpochSums, *, compiled: bool = False
+    ) -> None:
         self.epoch = epoch
         self.num_batches = num_batches
         self.pending: list[Tensor] = []
