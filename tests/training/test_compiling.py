@@ -1,14 +1,17 @@
 """Compiled models: their gradients are those of plain ones, with whatever compiler is there."""
 
 import functools
+import platform
+import shutil
 
 import pytest
 import timm
 import torch
 from torch import nn
-from torch._inductor import config, cpp_builder
+from torch._inductor import config, cpp_builder, exc
 
 from timm_xformers.training.compiling import SAFE_FLAG, compile_model
+from timm_xformers.training.errors import DivergedError
 from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.recipe import load_recipe, shipped_recipes
 from timm_xformers.training.session import open_session
@@ -73,7 +76,7 @@ def test_gradients_of_shipped_recipes(recipe):
         assert_gradients_of_compiled(model, x, recipe.mixed_precision == "bf16")
 
 
-@pytest.mark.skipif(not cpp_builder.is_gcc(), reason="the flag is GCC's")
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="GCC's flag")
 @pytest.mark.skipif(not hasattr(config.cpp, "march"), reason="this PyTorch takes no further flags")
 def test_flag_goes_to_the_compiler_beside_what_the_user_set(monkeypatch):
     asked = []
@@ -89,7 +92,21 @@ def test_flag_goes_to_the_compiler_beside_what_the_user_set(monkeypatch):
         assert asked.pop() == (expected and {"cpp.march": expected})
 
 
-def test_loss_that_is_no_number_points_at_the_compiler(tiny, monkeypatch):
+def test_without_a_compiler_nothing_is_added(monkeypatch):
+    """PyTorch says so itself, if the model needs one."""
+
+    def none_found():
+        raise exc.InvalidCxxCompiler
+
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: asked.append(k["options"]))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpp_builder, "is_gcc", none_found)
+    compile_model(nn.Identity())
+    assert asked == [None]
+
+
+def test_loss_that_is_no_number_points_at_the_compiler(tiny):
     class Broken(nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -104,5 +121,5 @@ def test_loss_that_is_no_number_points_at_the_compiler(tiny, monkeypatch):
     train = functools.partial(
         session.trainer.train_epoch, data, 1, lambda *_: None, lambda _: None, EpochSums()
     )
-    with pytest.raises(Exception, match="or see whether it comes without compile=true"):
+    with pytest.raises(DivergedError, match="or see whether it comes without compile=true"):
         train()

@@ -1,5 +1,6 @@
 """torch.compile, less an optimisation of GCC's that makes its kernels wrong."""
 
+import platform
 from typing import Any
 
 import torch
@@ -28,11 +29,19 @@ def compile_model(model: nn.Module, *, dynamic: bool | None = None) -> Any:
 
 
 def _options() -> dict[str, Any] | None:
+    # AVX-512 is x86's, and other processors have other defaults than -march=native.
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
     # Imported here: the compiler takes a second to import.
-    from torch._inductor import config, cpp_builder
+    from torch._inductor import config, cpp_builder, exc
 
     march = getattr(config.cpp, "march", "")  # older PyTorch has no place for a flag
-    if march == "" or SAFE_FLAG in (march or "") or not cpp_builder.is_gcc():
+    if march == "" or SAFE_FLAG in (march or ""):
+        return None
+    try:
+        if not cpp_builder.is_gcc():
+            return None
+    except exc.InvalidCxxCompiler:  # none there, and a model on a GPU may need none
         return None
     # The setting becomes -march=TEXT, and more flags may stand behind a blank.
     return {"cpp.march": f"{march or 'native'} {SAFE_FLAG}"}
