@@ -11,9 +11,9 @@ import pytest
 import timm
 
 from timm_xformers import cli
-from timm_xformers.training.benchmarking.settings import BASELINE
-from timm_xformers.training.benchmarking.summary import summary
-from timm_xformers.training.recipe import shipped_recipes
+from timm_xformers.benchmarking.settings import BASELINE
+from timm_xformers.benchmarking.summary import summary
+from timm_xformers.recipe import shipped_recipes
 from timm_xformers.weights import read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def test_train_and_evaluate_block_as_written(tmp_path, monkeypatch):
 
 def test_every_figure_of_the_tables_of_results_comes_from_a_record():
     wanted = set()
-    results = ROOT / "train_scripts" / "results"
+    results = ROOT / "results"
     loaded = {  # weights of the package, by run
         (name.partition(".")[0], test["recipe_hash"]): test["test_top1_percent"]
         for name in read_manifest()

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from timm_xformers.training.errors import UserError
-from timm_xformers.training.stopping import Stopped
+from timm_xformers.errors import UserError
+from timm_xformers.training.signals import Stopped
 
 __all__ = ["main"]
 
@@ -67,7 +67,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {}
     for name in COMMANDS:
-        module = importlib.import_module(f"timm_xformers.training.commands.{name}")
+        module = importlib.import_module(f"timm_xformers.commands.{name}")
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(subparser)
         modules[name] = module

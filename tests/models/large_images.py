@@ -20,7 +20,7 @@ from timm.layers import set_fused_attn
 from torch.nn import functional as F
 
 import timm_xformers.models  # noqa: F401  (registers the models where autoload is off)
-from timm_xformers.training.benchmarking.memory import memory_marks
+from timm_xformers.benchmarking.memory import memory_marks
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_MIB = 5120

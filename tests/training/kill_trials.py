@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from timm_xformers.training.recipe import Recipe
+from timm_xformers.recipe import Recipe
 from timm_xformers.training.train import resume, train
 
 MODEL = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -48,8 +48,8 @@ def report_shards(open_session):
 
 if __name__ == "__main__":
     session_module.make_accelerator = make_accelerator
+    from timm_xformers.planning import dryrun
     from timm_xformers.training import train
-    from timm_xformers.training.planning import dryrun
 
     for module in (dryrun, train):
         module.open_session = report_shards(module.open_session)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch._inductor import config, cpp_builder, exc
 
+from timm_xformers.errors import DivergedError
+from timm_xformers.recipe import load_recipe, shipped_recipes
 from timm_xformers.training.compiling import SAFE_FLAG, compile_model
-from timm_xformers.training.errors import DivergedError
 from timm_xformers.training.loop import EpochSums
-from timm_xformers.training.recipe import load_recipe, shipped_recipes
 from timm_xformers.training.session import open_session
 from timm_xformers.training.stages import read_stages
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from timm_xformers.records.results_csv import read_history
+from timm_xformers.records.results_json import Record
 from timm_xformers.training.checkpoint import open_last
-from timm_xformers.training.history import read_history
-from timm_xformers.training.results import Record
 
 from .test_resume import assert_same_run
 
@@ -115,7 +115,7 @@ def test_random_features_are_the_same_on_all_processes(tmp_path):
     script.write_text(
         "import sys, torch\n"
         "from accelerate.utils import gather_object\n"
-        "from timm_xformers.training.recipe import Recipe\n"
+        "from timm_xformers.recipe import Recipe\n"
         "from timm_xformers.training.session import open_session\n"
         "torch.manual_seed(int(__import__('os').environ['RANK']))\n"
         "session = open_session(Recipe(model='ccp_2_3x2_32', trackers=[]))\n"

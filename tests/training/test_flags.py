@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from timm_xformers.training.errors import UsageError, UserError
+from timm_xformers.data.sampling import seed_everything
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.recipe import Recipe
 from timm_xformers.training.loop import EpochSums
-from timm_xformers.training.order import seed_everything
-from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.session import open_session
 
 ON_DIGITS = {

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from timm_xformers.cli import main
+from timm_xformers.errors import UserError
+from timm_xformers.files.atomic import find_damage, previous_of, write_folder
+from timm_xformers.records.results_csv import read_history
 from timm_xformers.training import train as train_module
-from timm_xformers.training.atomic import find_damage, previous_of, write_folder
 from timm_xformers.training.checkpoint import open_last
-from timm_xformers.training.errors import UserError
-from timm_xformers.training.history import read_history
-from timm_xformers.training.stopping import Stopped, StopRequest
+from timm_xformers.training.signals import Stopped, StopRequest
 from timm_xformers.training.train import resume, train
 
 # Everything that draws random numbers or keeps a state.

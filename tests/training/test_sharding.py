@@ -14,10 +14,10 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.records.results_csv import read_history
+from timm_xformers.records.results_json import Record
 from timm_xformers.training import sharding
-from timm_xformers.training.errors import UsageError, UserError
-from timm_xformers.training.history import read_history
-from timm_xformers.training.results import Record
 from timm_xformers.training.session import open_session
 from timm_xformers.training.stages import read_stages
 

@@ -11,13 +11,13 @@ import torch
 import yaml
 
 from timm_xformers.cli import main
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.recipe import load_recipe
 from timm_xformers.training import train as train_module
-from timm_xformers.training.errors import UsageError, UserError
 from timm_xformers.training.loop import EpochSums
-from timm_xformers.training.recipe import load_recipe
 from timm_xformers.training.session import open_session
+from timm_xformers.training.signals import Stopped
 from timm_xformers.training.stages import Stage, read_stages, stage_of
-from timm_xformers.training.stopping import Stopped
 from timm_xformers.training.train import resume, train
 
 from .test_resume import BUSY, assert_same_run

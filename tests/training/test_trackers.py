@@ -8,9 +8,9 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from timm_xformers.cli import main
+from timm_xformers.records.results_csv import EpochRow, read_history
 from timm_xformers.training import train as train_module
 from timm_xformers.training.devices import make_accelerator
-from timm_xformers.training.history import EpochRow, read_history
 from timm_xformers.training.trackers import Trackers, tracker_names
 from timm_xformers.training.train import resume, train
 

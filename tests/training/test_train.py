@@ -15,15 +15,15 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from timm_xformers.cli import main
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.predicting.evaluate import evaluate
+from timm_xformers.recipe import Recipe, load_recipe
+from timm_xformers.records.results_csv import read_history
+from timm_xformers.records.results_json import Record
 from timm_xformers.training import train as train_module
 from timm_xformers.training.checkpoint import write_folder
 from timm_xformers.training.devices import emulation_note
-from timm_xformers.training.errors import UsageError, UserError
-from timm_xformers.training.evaluate import evaluate
-from timm_xformers.training.history import read_history
 from timm_xformers.training.loop import EpochSums, _LossWatch
-from timm_xformers.training.recipe import Recipe, load_recipe
-from timm_xformers.training.results import Record
 from timm_xformers.training.train import resume, train
 
 from .test_resume import BUSY, assert_same_run

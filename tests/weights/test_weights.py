@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.models import generate_default_cfgs, model_entrypoint
 
 import timm_xformers.models  # noqa: F401  registers the models where autoload is off
-from timm_xformers.training.atomic import sha256_of
+from timm_xformers.files.atomic import sha256_of
 from timm_xformers.weights import MAX_BYTES, best_tag, check_images, manifest, read_manifest
 from timm_xformers.weights.manifest import FOLDER, TAGS, Weights, with_weights
 

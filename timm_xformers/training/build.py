@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_xformers.training.errors import UsageError, UserError, nearest
+from timm_xformers.errors import UsageError, UserError, nearest
 
 __all__ = ["build_model", "check_input"]
 

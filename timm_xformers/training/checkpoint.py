@@ -15,10 +15,10 @@ import torch
 from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
-from timm_xformers.training.atomic import find_damage, previous_of, write_folder
-from timm_xformers.training.errors import UserError
-from timm_xformers.training.history import EpochRow, read_history, write_history
-from timm_xformers.training.images.preprocessing import Preprocessing
+from timm_xformers.data.preprocessing import Preprocessing
+from timm_xformers.errors import UserError
+from timm_xformers.files.atomic import find_damage, previous_of, write_folder
+from timm_xformers.records.results_csv import EpochRow, read_history, write_history
 from timm_xformers.training.loop import EpochSums
 
 __all__ = ["Checkpoint", "Progression", "open_last", "save_best", "save_last"]

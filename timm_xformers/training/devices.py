@@ -1,17 +1,16 @@
 """Processes, devices, precision and memory of a run."""
 
 import ctypes
-import os
 import sys
 
 import torch
 from accelerate import Accelerator
 
+from timm_xformers.errors import UserError
 from timm_xformers.layers.slices import keep_batches_whole
-from timm_xformers.training.errors import UserError
 from timm_xformers.training.sharding import make_plugin
 
-__all__ = ["emulates_bf16", "emulation_note", "make_accelerator", "usable_cores"]
+__all__ = ["emulates_bf16", "emulation_note", "make_accelerator"]
 
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h, in bytes.
 MALLOC_OPTIONS = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 1 << 26}
@@ -63,10 +62,3 @@ def emulation_note(mixed_precision: str, device: torch.device) -> str | None:
         "This processor has no bf16 instructions: convolutions and products in bf16 are emulated, "
         "many times slower than mixed_precision=no."
     )
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which a container or ``taskset`` can make few."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

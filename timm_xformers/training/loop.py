@@ -16,14 +16,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from timm_xformers.training.errors import DivergedError
-from timm_xformers.training.images.data import Batches
-from timm_xformers.training.metrics import add_up
-from timm_xformers.training.order import (
+from timm_xformers.data.data import Batches
+from timm_xformers.data.sampling import (
     derive_seed,
     seed_everything,
     train_batches,
 )
+from timm_xformers.errors import DivergedError
+from timm_xformers.training.metrics import add_up
 
 __all__ = ["EpochStats", "EpochSums", "Trainer"]
 

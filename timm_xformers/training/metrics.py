@@ -8,8 +8,8 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_xformers.training.images.data import Batches
-from timm_xformers.training.order import eval_batches
+from timm_xformers.data.data import Batches
+from timm_xformers.data.sampling import eval_batches
 from timm_xformers.training.sharding import equal_turns, is_sharded
 
 __all__ = ["Metrics", "add_up", "evaluate_model", "highest"]

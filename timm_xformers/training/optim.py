@@ -15,9 +15,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from timm_xformers.errors import UsageError, nearest
+from timm_xformers.recipe import Recipe
 from timm_xformers.training.devices import emulates_bf16
-from timm_xformers.training.errors import UsageError, nearest
-from timm_xformers.training.recipe import Recipe
 
 __all__ = [
     "make_criterion",

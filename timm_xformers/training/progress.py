@@ -7,8 +7,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from timm_xformers.training.history import EpochRow
-from timm_xformers.training.results import Record
+from timm_xformers.records.results_csv import EpochRow
+from timm_xformers.records.results_json import Record
 from timm_xformers.training.session import Session
 
 __all__ = ["Progress", "epoch_line", "headline", "summary"]

@@ -10,13 +10,15 @@ from timm.layers import PatchDropout
 from torch import nn
 from torch.optim import Optimizer
 
+from timm_xformers.data.data import Batches, Data, make_batches, open_data
+from timm_xformers.data.preprocessing import Preprocessing
+from timm_xformers.data.rawsplit import RawSplit
+from timm_xformers.data.sampling import derive_seed, num_train_batches, seed_everything
+from timm_xformers.errors import UsageError
+from timm_xformers.recipe import Recipe
 from timm_xformers.training.build import build_model, check_input
 from timm_xformers.training.compiling import compile_model
 from timm_xformers.training.devices import make_accelerator
-from timm_xformers.training.errors import UsageError
-from timm_xformers.training.images.data import Batches, Data, make_batches, open_data
-from timm_xformers.training.images.preprocessing import Preprocessing
-from timm_xformers.training.images.rawsplit import RawSplit
 from timm_xformers.training.loop import Trainer
 from timm_xformers.training.optim import (
     make_criterion,
@@ -26,8 +28,6 @@ from timm_xformers.training.optim import (
     make_scheduler,
     renew_optimizer,
 )
-from timm_xformers.training.order import derive_seed, num_train_batches, seed_everything
-from timm_xformers.training.recipe import Recipe
 from timm_xformers.training.sharding import check_sharding, prepare_sharded, shard_averages
 from timm_xformers.training.stages import Stage, read_stages, stage_of
 

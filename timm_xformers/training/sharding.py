@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
-from timm_xformers.training.errors import UsageError, UserError
-from timm_xformers.training.recipe import Recipe
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.recipe import Recipe
 from timm_xformers.training.stages import Stage
 
 __all__ = [

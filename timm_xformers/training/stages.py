@@ -9,7 +9,7 @@ are of use.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from timm_xformers.training.recipe import Recipe
+from timm_xformers.recipe import Recipe
 
 __all__ = ["Stage", "read_stages", "stage_of"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from timm_xformers.training.errors import UserError, require_extra
-from timm_xformers.training.history import EpochRow
-from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.results import Record
+from timm_xformers.errors import UserError, require_extra
+from timm_xformers.recipe import Recipe
+from timm_xformers.records.results_csv import EpochRow
+from timm_xformers.records.results_json import Record
 
 __all__ = ["Trackers", "tracker_names"]
 

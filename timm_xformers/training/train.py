@@ -11,7 +11,21 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from timm_xformers.training.atomic import previous_of, recover, sweep
+from timm_xformers.data.data import Batches
+from timm_xformers.data.preprocessing import Preprocessing
+from timm_xformers.errors import UserError
+from timm_xformers.files.atomic import previous_of, recover, sweep
+from timm_xformers.recipe import Recipe
+from timm_xformers.records.confusion import class_rows, plot_confusion, write_class_rows
+from timm_xformers.records.curves import plot_curves
+from timm_xformers.records.results_csv import EpochRow, write_history
+from timm_xformers.records.results_json import (
+    Record,
+    environment,
+    reset_peak_memory,
+    split_fields,
+)
+from timm_xformers.records.run_folder import RunFolder, create_run_folder, open_run_folder
 from timm_xformers.training.build import build_model
 from timm_xformers.training.checkpoint import (
     Checkpoint,
@@ -20,27 +34,13 @@ from timm_xformers.training.checkpoint import (
     save_best,
     save_last,
 )
-from timm_xformers.training.confusion import class_rows, plot_confusion, write_class_rows
-from timm_xformers.training.curves import plot_curves
 from timm_xformers.training.devices import emulation_note
-from timm_xformers.training.errors import UserError
-from timm_xformers.training.folder import RunFolder, create_run_folder, open_run_folder
-from timm_xformers.training.history import EpochRow, write_history
-from timm_xformers.training.images.data import Batches
-from timm_xformers.training.images.preprocessing import Preprocessing
 from timm_xformers.training.loop import EpochStats, EpochSums
 from timm_xformers.training.metrics import Metrics, evaluate_model, highest
 from timm_xformers.training.progress import Progress, epoch_line, headline, summary
-from timm_xformers.training.recipe import Recipe
-from timm_xformers.training.results import (
-    Record,
-    environment,
-    reset_peak_memory,
-    split_fields,
-)
 from timm_xformers.training.session import Session, open_session
 from timm_xformers.training.sharding import gather_shards, place, whole_weights
-from timm_xformers.training.stopping import Stopped, StopRequest
+from timm_xformers.training.signals import Stopped, StopRequest
 from timm_xformers.training.trackers import Trackers, tracker_names
 
 __all__ = ["resume", "train"]

@@ -2,7 +2,7 @@
 
 A tag is a data set: ``vix_performer_softmax_m32.digits``. `manifest.json` describes every tag; its
 weights lie beside it as float16 safetensors and are read when a model is created, not before.
-``timm-xformers convert RUN --to-package`` adds one.
+``python -m tools.add_weights RUN``, in a clone, adds one.
 """
 
 from timm_xformers.weights.images import check_images

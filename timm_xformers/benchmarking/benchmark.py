@@ -1,0 +1,273 @@
+"""A benchmark from its settings to its folder.
+
+One process per allocator and number of threads times all points; memory takes a fresh process for
+every point and contender. What is known is written after every point.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import timm_xformers
+from timm_xformers.benchmarking.child import can_fork
+from timm_xformers.benchmarking.compare import Row, rows_of
+from timm_xformers.benchmarking.peers import PEERS
+from timm_xformers.benchmarking.plan import baseline_of, check, contenders_of, points_of
+from timm_xformers.benchmarking.plots import plot_benchmark
+from timm_xformers.benchmarking.settings import PASSES, Contender, Point, Settings
+from timm_xformers.benchmarking.summary import summary
+from timm_xformers.benchmarking.tables import (
+    csv_text,
+    lines_of,
+    markdown,
+    timm_csv_text,
+)
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.files.atomic import write_text
+from timm_xformers.records.results_json import origin
+from timm_xformers.training.build import build_model
+from timm_xformers.training.devices import MALLOC_OPTIONS, emulation_note
+
+__all__ = ["Benchmark"]
+
+CHILD = "timm_xformers.benchmarking.child"
+# Read by glibc when a process starts; names of mallopt's options are in malloc.h.
+MALLOC_NAMES = {-3: "MALLOC_MMAP_THRESHOLD_", -1: "MALLOC_TRIM_THRESHOLD_", -2: "MALLOC_TOP_PAD_"}
+
+
+class Benchmark:
+    """A benchmark under way.
+
+    Args:
+        settings: What to measure.
+
+    Raises:
+        UsageError: It cannot be measured.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        settings = check(settings)
+        output = settings.output
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UsageError(f"{output} is not empty; choose another --output.")
+        self.settings = settings
+        self.contenders = contenders_of(settings)
+        self.points = points_of(settings)
+        self.baseline = baseline_of(settings)
+        self.rows: list[Row] = []
+        self.left_out: dict[str, dict[str, list[int]]] = {}
+        self.origin = origin(torch.device(settings.device or "cpu"))
+
+    def run(self) -> Path:
+        """Measure, and write.
+
+        Returns:
+            The Markdown file.
+
+        Raises:
+            UserError: The baseline failed, or a process that measures.
+        """
+        self.settings.output.mkdir(parents=True, exist_ok=True)
+        precision = "bf16" if "bfloat16" in self.settings.dtypes else "no"
+        note = emulation_note(precision, torch.device(self.settings.device or "cpu"))
+        if note is not None:
+            self._say(note)
+        for number, (point, found) in enumerate(self._timings(), start=1):
+            rows = rows_of(point, self.contenders, found, self.baseline.label, self._tokens(point))
+            self._note(found["left_out"], self._tokens(point))
+            self.rows += rows
+            self._write()
+            void = ", void: the baseline was not steady" if rows[0].void else ""
+            self._say(
+                f"time {number}/{len(self.points)}: {describe(point)}, "
+                f"{rows[0].seconds.count} rounds of {len(found['seconds'])}{void}"
+            )
+        if self.settings.memory:
+            self._measure_memory()
+        self._write()
+        plot_benchmark(self.settings.output, self.rows, self.baseline)
+        return self.settings.output / "benchmark.md"
+
+    def _timings(self) -> Iterator[tuple[Point, dict[str, Any]]]:
+        for allocator in self.settings.allocators:
+            for threads in self.settings.threads:
+                points = [
+                    p for p in self.points if (p.allocator, p.threads) == (allocator, threads)
+                ]
+                work = [(point, self.contenders) for point in points]
+                for found in self._child("time", work):
+                    if self.baseline.label in found["left_out"]:
+                        raise UserError(
+                            f"{self.baseline.label}, with which everything is compared, failed: "
+                            f"{found['left_out'][self.baseline.label]}; use a smaller case."
+                        )
+                    yield Point(**found["point"]), found
+
+    def _measure_memory(self) -> None:
+        settings = self.settings
+        heaviest = max((point.task for point in self.points), key=PASSES.index)
+        chosen = [
+            point
+            for point in self.points
+            if point.threads == settings.threads[0]
+            and point.task == heaviest
+            and (settings.memory_tokens is None or point.size in settings.memory_tokens)
+        ]
+        work = [
+            (point, contender)
+            for point in chosen
+            for contender in self.contenders
+            if any((row.point, row.contender) == (point, contender) for row in self.rows)
+        ]
+        peaks: dict[tuple[Point, Contender], float] = {}
+        for number, ((point, contender), found) in enumerate(self._memories(work), start=1):
+            if "peak_mib" in found:
+                peaks[point, contender] = found["peak_mib"]
+            else:
+                reason = {f"memory of {contender.label}": found["left_out"]}
+                self._note(reason, self._tokens(point))
+            self._say(f"memory {number}/{len(work)}: {contender.label}, {describe(point)}")
+        self.rows = [
+            dataclasses.replace(row, peak_mib=peaks.get((row.point, row.contender)))
+            for row in self.rows
+        ]
+
+    def _memories(
+        self, work: Sequence[tuple[Point, Contender]]
+    ) -> Iterator[tuple[tuple[Point, Contender], dict[str, Any]]]:
+        """A process for each: copies of one that has only imported, or one from scratch."""
+        for allocator in self.settings.allocators:
+            mine = [case for case in work if case[0].allocator == allocator]
+            batches = [mine] if can_fork(self.settings.device or "cpu") else [[c] for c in mine]
+            for batch in filter(None, batches):
+                found = self._child("memory", [(point, [who]) for point, who in batch])
+                yield from zip(batch, found, strict=True)
+
+    def _child(
+        self, kind: str, work: Sequence[tuple[Point, Sequence[Contender]]]
+    ) -> Iterator[dict[str, Any]]:
+        settings, first = self.settings, work[0][0]
+        job = {
+            "kind": kind,
+            "device": first.device,
+            "threads": first.threads,
+            "plan": {
+                "rounds": settings.rounds,
+                "min_ms": settings.min_ms,
+                "limit_seconds": settings.limit_seconds,
+                "seed": settings.seed,
+            },
+            "work": [
+                {
+                    "point": dataclasses.asdict(point),
+                    "contenders": [dataclasses.asdict(contender) for contender in contenders],
+                }
+                for point, contenders in work
+            ],
+        }
+        log = settings.output / "log.txt"
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as given,
+            log.open("a", encoding="utf-8") as errors,
+        ):
+            json.dump(job, given)
+            given.seek(0)
+            with subprocess.Popen(
+                [sys.executable, "-m", CHILD],
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environ(first.allocator, first.threads),
+            ) as process:
+                try:
+                    for line in process.stdout or ():
+                        yield json.loads(line)
+                except BaseException:
+                    process.kill()
+                    raise
+        if process.returncode:
+            last = (log.read_text(encoding="utf-8").strip() or "nothing").splitlines()[-1]
+            raise UserError(
+                f"A process that measures ended with code {process.returncode}: {last} (all in "
+                f"{log}; code -9 means that memory ran out)."
+            )
+
+    def _tokens(self, point: Point) -> int:
+        """Tokens of a layer, or of the baseline model; pixels of its side where it has none."""
+        if point.kind == "layer":
+            return point.size
+        with torch.device("meta"):
+            model: Any = build_model(self.baseline.name, img_size=point.size or None)[0]
+        patches: int = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
+        side: int = point.size or model.pretrained_cfg["input_size"][1]
+        return patches + int(getattr(model, "num_prefix_tokens", 0)) if patches else side
+
+    def _note(self, reasons: dict[str, str], size: int) -> None:
+        for label, reason in reasons.items():
+            sizes = self.left_out.setdefault(label, {}).setdefault(reason, [])
+            if size not in sizes:
+                sizes.append(size)
+
+    def _say(self, words: str) -> None:
+        print(words, file=sys.stderr, flush=True)
+
+    def _write(self) -> None:
+        output = self.settings.output
+        packages = {contender.peer for contender in self.contenders}
+        result = {
+            **self.origin,
+            "seed": self.settings.seed,
+            "settings": {
+                **dataclasses.asdict(self.settings),
+                "output": str(output),
+            },
+            "baseline": self.baseline.label,
+            "peers": {peer.package: peer.same for peer in PEERS if peer.package in packages},
+            "left_out": self.left_out,
+            "rows": [
+                {**dataclasses.asdict(row), "label": row.contender.label} for row in self.rows
+            ],
+        }
+        write_text(output / "benchmark.json", json.dumps(result, indent=1) + "\n")
+        lines = lines_of(self.rows)
+        write_text(output / "benchmark.csv", csv_text(lines))
+        write_text(output / "benchmark.md", markdown(result, self.rows))
+        if self.settings.models:
+            write_text(output / "timm.csv", timm_csv_text(self.rows))
+        elif table := summary(lines, self.baseline.label):
+            write_text(output / "summary.md", table)
+
+
+def describe(point: Point) -> str:
+    """A point in words."""
+    where = f"{point.shape}, {point.size} tokens" if point.kind == "layer" else "models"
+    if point.kind == "model" and point.size:
+        where += f" at {point.size} pixels"
+    return (
+        f"{point.task}, {where}, batch {point.batch_size}, {point.dtype}, {point.device}, "
+        f"{point.threads} threads, {point.allocator} allocator"
+    )
+
+
+def environ(allocator: str, threads: int) -> dict[str, str]:
+    """Environment of a process that measures, whatever the own one says about these things."""
+    root = str(Path(timm_xformers.__file__).resolve().parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    tuned = {MALLOC_NAMES[option]: str(value) for option, value in MALLOC_OPTIONS.items()}
+    return {
+        **inherited,
+        **(tuned if allocator == "tuned" else {}),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }

@@ -1,0 +1,69 @@
+"""Flags that every command with a recipe shares."""
+
+import argparse
+from typing import Any
+
+from timm_xformers.recipe import Recipe, load_recipe, parse_assignments, shipped_recipes
+
+__all__ = ["add_recipe_options", "given_values", "positive", "recipe_from"]
+
+# Flags with the name of a recipe field.
+FIELDS = (
+    *("model", "data", "data_dir", "classes", "limit", "epochs", "batch_size"),
+    *("img_size", "seed", "output", "num_processes"),
+)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags from which `recipe_from` makes a recipe."""
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe or a YAML file")
+    parser.add_argument("--model", help="timm name, local-dir:FOLDER or hf-hub:OWNER/NAME")
+    parser.add_argument(
+        "--data",
+        help="digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, folder, or a timm "
+        "scheme (torch/..., hfds/..., wds/...)",
+    )
+    parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lies")
+    parser.add_argument(
+        "--classes",
+        type=lambda text: text.split(","),
+        metavar="A,B,...",
+        help="only these classes, by name or label, numbered anew in this order",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and pass")
+    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the input")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other settings of the recipe, as YAML; may be repeated",
+    )
+
+
+def given_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Recipe fields that the command line sets; its flags go over its --set."""
+    flags = {name: getattr(args, name, None) for name in FIELDS}
+    named = {name: value for name, value in flags.items() if value is not None}
+    if "data_dir" in named and "data" not in named and args.recipe is None:
+        named["data"] = "folder"
+    return parse_assignments(args.set) | named
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The recipe of a command line; without --recipe, the shipped one named after the data."""
+    values = given_values(args)
+    source = args.recipe
+    if source is None:
+        data = values.get("data", Recipe.data)
+        source = data if data in shipped_recipes() else None
+    return load_recipe(source, values)
+
+
+def positive(text: str) -> int:
+    """A flag's value that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)

@@ -1,0 +1,128 @@
+"""Batches decoded from files by worker processes, with timm's transforms.
+
+Every image draws its augmentation from (seed, epoch, position), so that neither the number of
+workers nor the point at which an epoch is entered changes what a sample looks like.
+"""
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from timm_xformers.data.rawsplit import RawSplit
+from timm_xformers.data.sampling import derive_seed, seed_host
+from timm_xformers.errors import UserError
+
+__all__ = ["LoaderBatches", "usable_cores"]
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Transformed images by (epoch, position)."""
+
+    def __init__(self, split: RawSplit, transform: Callable[[Any], Tensor], seed: int) -> None:
+        self.split = split
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, position = key
+        seed = derive_seed(self.seed, "image", epoch, position)
+        # Without workers this is the training process, whose generators must not notice.
+        with contextlib.nullcontext() if get_worker_info() else _own_generators():
+            seed_host(seed)
+            image = self.transform(self.split.image(position))
+        return image, int(self.split.labels[position])
+
+
+@contextlib.contextmanager
+def _own_generators() -> Iterator[None]:
+    """Put the generators of this process back where they were."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+class _Plan:
+    """A batch sampler whose batches are set before each pass, so that workers can stay alive."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class LoaderBatches:
+    """Batches of a split that stays on disk.
+
+    Args:
+        split: Images and labels.
+        transform: From a PIL image to uint8 (C, H, W), a quarter of what floats would take between
+            processes.
+        mean: Per channel, of images in [0, 1].
+        std: Per channel, of images in [0, 1].
+        device: Where the batches are delivered.
+        num_workers: Decoding processes; 0 decodes in this one.
+        seed: Seed of the run, for the augmentation.
+    """
+
+    def __init__(
+        self,
+        split: RawSplit,
+        transform: Callable[[Any], Tensor],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        num_workers: int,
+        seed: int = 0,
+    ) -> None:
+        self.device = device
+        self.mean = 255 * torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(-1, 1, 1)
+        self.num_samples = len(split)
+        self.plan = _Plan()
+        self.loader = DataLoader(
+            _Images(split, transform, seed),
+            batch_sampler=self.plan,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def batches(self, order: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images (B, C, H, W) and labels (B,) for each tensor of positions."""
+        self.plan.batches = [[(epoch, int(i)) for i in positions] for positions in order]
+        try:
+            for images, labels in self.loader:
+                pixels = images.to(self.device, non_blocking=True).float()
+                yield (
+                    pixels.sub_(self.mean).div_(self.std),
+                    labels.to(self.device, non_blocking=True),
+                )
+        except UserError as error:
+            # A worker's failure arrives with its traceback as text, the message last.
+            raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which a container or ``taskset`` can make few."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

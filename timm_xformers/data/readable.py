@@ -1,0 +1,139 @@
+"""Finding images that cannot be read, before training wants them.
+
+What is looked at follows from what it costs. Decoding each file fully would cost an epoch, so the
+default policy, ``error``, looks at each file's head and tail: that finds what is empty, cut off or
+no image at all. Damage inside a file is found when it is decoded, which stops the run and names it:
+before the first step if images are held in memory (`memory.decode`), else when it is met. ``skip``
+must know beforehand which images there are, as the order of an epoch follows from their number; it
+decodes everything once. No image is ever put in the place of another.
+"""
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from timm_xformers.data.rawsplit import RawSplit
+from timm_xformers.errors import UserError
+
+__all__ = ["drop_unreadable", "glance", "refuse_unreadable"]
+
+# Files that a glance opens at most, spread evenly: minutes on a slow disk, not hours.
+GLANCED_FILES = 50_000
+NAMED_FILES = 10
+
+
+def refuse_unreadable(problems: Sequence[tuple[str, str]], total: int) -> None:
+    """Stop if some images cannot be read.
+
+    Args:
+        problems: Names of images, and what is wrong with them.
+        total: Images that were to be read.
+
+    Raises:
+        UserError: There is a problem; it names the first of them and their number.
+    """
+    if not problems:
+        return
+    names = ", ".join(name for name, _ in problems[:NAMED_FILES])
+    more = f" and {len(problems) - NAMED_FILES} more" if len(problems) > NAMED_FILES else ""
+    raise UserError(
+        f"Cannot read {len(problems)} of {total} images: {names}{more} (the first: "
+        f"{problems[0][1]}); repair or remove them, or leave them out with --set unreadable=skip."
+    )
+
+
+def glance(split: RawSplit) -> list[tuple[str, str]]:
+    """Look at head and tail of image files; images kept otherwise are not looked at.
+
+    A file that looks wrong is decoded before it is said to be: some have bytes after their end.
+
+    Returns:
+        Names of images, and what is wrong with them.
+    """
+    paths = split.paths()
+    if paths is None:
+        return []
+    count = len(split)
+    looked_at = min(count, GLANCED_FILES)
+    problems = []
+    for number in range(looked_at):
+        position = number * count // looked_at
+        if not _looks_whole(paths[int(split.rows[position])]):
+            problem = split.problem(position)
+            if problem is not None:
+                problems.append((split.name(position), problem))
+    return problems
+
+
+def drop_unreadable(split: RawSplit, num_workers: int) -> tuple[RawSplit, tuple[str, ...]]:
+    """Decode every image once and leave out those that fail.
+
+    Args:
+        split: The images.
+        num_workers: Decoding processes; 0 decodes in this one.
+
+    Returns:
+        The readable part, and the names of the other images.
+
+    Raises:
+        UserError: No image can be read.
+    """
+    if not split.encoded:
+        return split, ()
+    # Processes, not threads: a tar's reader has one place in the file.
+    loader: DataLoader[Any] = DataLoader(
+        _Problems(split),
+        batch_size=256,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the run's own is left as it is
+    )
+    readable = torch.tensor([problem is None for batch in loader for problem in batch])
+    if not readable.any():
+        raise UserError(
+            f"Not one of {len(split)} images can be read, the first is {split.name(0)}; check the "
+            "data set."
+        )
+    lost: Tensor = (~readable).nonzero().squeeze(1)
+    names = tuple(split.name(position) for position in lost.tolist())
+    return split.subset(readable.nonzero().squeeze(1)), names
+
+
+class _Problems(Dataset[str | None]):
+    """What is wrong with each image of a split."""
+
+    def __init__(self, split: RawSplit) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, position: int) -> str | None:
+        return self.split.problem(position)
+
+
+def _looks_whole(path: Path) -> bool:
+    """Whether a file has an image's head and its format's end."""
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            return _ends_well(file, image.format)
+    except Exception:  # whatever a decoder makes of other bytes
+        return False
+
+
+def _ends_well(file: BinaryIO, kind: str | None) -> bool:
+    size = file.seek(0, 2)
+    if kind == "WEBP":
+        file.seek(4)
+        return bool(struct.unpack("<I", file.read(4))[0] + 8 <= size)
+    file.seek(max(0, size - 8))
+    tail = file.read()
+    if kind == "PNG":
+        return tail[:4] == b"IEND"
+    return kind == "JPEG" and tail.endswith(b"\xff\xd9")

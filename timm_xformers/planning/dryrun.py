@@ -1,0 +1,93 @@
+"""What a recipe would cost: a few real steps, measured and multiplied. Nothing is written."""
+
+import dataclasses
+import time
+
+import torch
+import yaml
+
+from timm_xformers.recipe import Recipe
+from timm_xformers.training.devices import emulation_note
+from timm_xformers.training.loop import EpochSums
+from timm_xformers.training.metrics import evaluate_model
+from timm_xformers.training.session import Session, open_session
+from timm_xformers.training.stages import Stage
+
+__all__ = ["dry_run", "measure_steps"]
+
+# The first steps allocate and, perhaps, compile.
+WARM_UP_STEPS, MEASURED_STEPS = 2, 6
+
+
+def dry_run(recipe: Recipe) -> str:
+    """Describe a run without starting it.
+
+    Returns:
+        The resolved recipe as YAML, and as comments the parameters, the steps and the time that
+        the measured steps amount to.
+
+    Raises:
+        UserError: What `train` would refuse.
+    """
+    session = open_session(recipe)
+    processes = session.accelerator.num_processes
+    lines = [
+        f"{session.num_params:,} parameters, {session.data.num_classes} classes",
+        f"{len(session.data.train)} training images, {processes} process"
+        f"{'es' if processes > 1 else ''} on {session.accelerator.device.type}",
+    ]
+    total = 0.0
+    for number, stage in enumerate(session.stages):
+        last = recipe.epochs
+        if number + 1 < len(session.stages):
+            last = session.stages[number + 1].epoch - 1
+        session.enter(stage.epoch)
+        step, evaluation = measure_steps(session, stage)
+        steps = session.steps_in(stage.epoch)
+        seconds = (last - stage.epoch + 1) * (steps * step + evaluation)
+        total += seconds
+        side = session.preprocessing.img_size
+        lines.append(
+            f"epochs {stage.epoch} to {last}: {side} x {side} pixels, {steps} steps of "
+            f"{stage.batch_size * processes} images, {1e3 * step:.1f} ms each "
+            f"({stage.batch_size * processes / step:.0f} images/s), {_clock(seconds)} with "
+            "validation"
+        )
+    note = emulation_note(recipe.mixed_precision, session.accelerator.device)
+    lines += [note] if note else []
+    lines.append(f"about {_clock(total)} in all, from {MEASURED_STEPS} measured steps a stage")
+    text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    return text + "".join(f"# {line}\n" for line in lines).rstrip("\n")
+
+
+def measure_steps(session: Session, stage: Stage) -> tuple[float, float]:
+    """Seconds of a training step, and of a validation pass over all validation images.
+
+    Args:
+        session: A session that has entered the stage.
+        stage: The stage.
+    """
+    batch = stage.batch_size * session.accelerator.num_processes
+    for steps in (WARM_UP_STEPS, MEASURED_STEPS):
+        chosen = torch.arange(steps * batch) % len(session.data.train)
+        data = session.batches(session.data.train.subset(chosen), training=True)
+        stats = session.trainer.train_epoch(
+            data, stage.epoch, lambda *_: None, lambda _: None, EpochSums()
+        )
+    val = session.data.val
+    if val is None:
+        return stats.seconds / steps, 0.0
+    some = val.subset(torch.arange(min(len(val), MEASURED_STEPS * batch)))
+    images = session.batches(some)
+    start = time.perf_counter()
+    evaluate_model(
+        session.trainer.best_weights, images, session.recipe.batch_size, session.accelerator
+    )
+    per_image = (time.perf_counter() - start) / len(some)
+    return stats.seconds / steps, per_image * len(val)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,125 @@
+"""Evaluation of any timm model on a data set, as a record."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from timm_xformers.data.data import Data, make_batches, open_data
+from timm_xformers.data.preprocessing import Preprocessing
+from timm_xformers.errors import UsageError
+from timm_xformers.recipe import Recipe
+from timm_xformers.records.confusion import class_rows, plot_confusion, write_class_rows
+from timm_xformers.records.results_json import Record, environment, split_fields
+from timm_xformers.records.run_folder import RunFolder
+from timm_xformers.training.build import build_model, check_input
+from timm_xformers.training.devices import make_accelerator
+from timm_xformers.training.metrics import evaluate_model
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    recipe: Recipe,
+    split: Literal["val", "test"] = "test",
+    checkpoint: Path | None = None,
+    details: Path | None = None,
+) -> Record:
+    """Evaluate a model on inputs as its weights expect them.
+
+    Args:
+        recipe: Names model and data. ``img_size`` goes over the size that the weights name.
+        split: Which images.
+        checkpoint: Weights to load instead of those that belong to the model's name. A bare file
+            says nothing of sizes and normalisation, so these follow from the data, as in training.
+        details: Folder to write confusion.png and per_class.csv to.
+
+    Raises:
+        UserError: Something the user can repair.
+    """
+    model, data, preprocessing = (
+        _published(recipe, split) if checkpoint is None else _from_file(recipe, split, checkpoint)
+    )
+    images = data.split(split)
+    check_input(model, preprocessing.shape)
+    # After the data: a stream opened with a process group would be cut by rank.
+    accelerator = make_accelerator(recipe.mixed_precision)
+    batches = make_batches(
+        images,
+        recipe,
+        preprocessing,
+        in_memory=data.in_memory,
+        training=False,
+        device=accelerator.device,
+    )
+    if details is not None:  # before the work, so that a missing right costs none
+        if details.exists() and not details.is_dir():
+            raise UsageError(f"{details} is a file; choose a folder as --details.")
+        details.mkdir(parents=True, exist_ok=True)
+    model.to(accelerator.device)
+    start = time.perf_counter()
+    metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
+    seconds = time.perf_counter() - start
+    if details is not None and accelerator.is_main_process:
+        folder = RunFolder(details)
+        write_class_rows(folder.per_class, class_rows(metrics.confusion, data.class_names))
+        plot_confusion(
+            folder.confusion,
+            metrics.confusion,
+            data.class_names,
+            f"{recipe.model} on {recipe.data}, {split}",
+        )
+    return Record(
+        kind="evaluate",
+        model=recipe.model,
+        model_kwargs=recipe.model_kwargs,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        data=recipe.data,
+        img_size=preprocessing.img_size,
+        in_chans=preprocessing.in_chans,
+        num_classes=data.num_classes,
+        skipped_images=len(data.skipped),
+        batch_size=recipe.batch_size,
+        num_processes=accelerator.num_processes,
+        mixed_precision=recipe.mixed_precision,
+        seconds=round(seconds, 3),
+        images_per_s=round(metrics.images / seconds, 1),
+        **split_fields(split, metrics),
+        **environment(accelerator),
+    )
+
+
+def _published(recipe: Recipe, split: str) -> tuple[nn.Module, Data, Preprocessing]:
+    """A model whose configuration says what it expects; the data follows the model."""
+    arguments = dict(recipe.model_kwargs)
+    if recipe.in_chans is not None:
+        arguments["in_chans"] = recipe.in_chans
+    model, _ = build_model(recipe.model, img_size=recipe.img_size, pretrained=True, **arguments)
+    preprocessing = Preprocessing.of_model(model, recipe.img_size, arguments.get("in_chans"))
+    num_classes: Any = model.num_classes
+    fitted = dataclasses.replace(
+        recipe,
+        img_size=preprocessing.img_size,
+        in_chans=preprocessing.in_chans,
+        num_classes=recipe.num_classes or num_classes,
+    )
+    return model, open_data(fitted, [split]), preprocessing
+
+
+def _from_file(
+    recipe: Recipe, split: str, checkpoint: Path
+) -> tuple[nn.Module, Data, Preprocessing]:
+    """A model built around the data, as training does it."""
+    data = open_data(recipe, [split])
+    img_size = recipe.img_size or data.img_size
+    arguments = {
+        "in_chans": data.in_chans,
+        "num_classes": data.num_classes,
+        **recipe.model_kwargs,
+    }
+    model, _ = build_model(recipe.model, img_size=img_size, checkpoint=checkpoint, **arguments)
+    preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
+    preprocessing = data.preprocess(preprocessing, recipe.normalize)
+    return model, data, preprocessing

@@ -1,0 +1,60 @@
+"""A sheet of pictures with what they were taken for."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm_xformers.errors import UserError
+from timm_xformers.predicting.images import open_image
+from timm_xformers.predicting.predict import Prediction
+
+__all__ = ["MOST_PICTURES", "draw_grid"]
+
+MOST_PICTURES = 64
+COLUMNS = 8
+SIDE_INCHES = 1.9
+LINES = 2  # guesses below each picture
+SMALL_PIXELS = 96  # below, every pixel is shown as a square
+
+
+def draw_grid(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Draw up to `MOST_PICTURES` pictures with their likeliest classes.
+
+    Args:
+        path: The image to write; its suffix gives the format.
+        predictions: At least one.
+
+    Raises:
+        UserError: The format is unknown.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = predictions[:MOST_PICTURES]
+    columns = min(COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(
+        figsize=(SIDE_INCHES * columns, (SIDE_INCHES + 0.5) * rows), layout="constrained"
+    )
+    canvas = FigureCanvasAgg(figure)
+    suffix = path.suffix.removeprefix(".").lower()
+    if suffix not in canvas.get_supported_filetypes():
+        known = ", ".join(sorted(canvas.get_supported_filetypes()))
+        raise UserError(f"{path} has no format that can be drawn; end it in one of {known}.")
+    for place, prediction in enumerate(shown, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        picture = open_image(prediction.image, "RGB")
+        smooth = "nearest" if max(picture.size) < SMALL_PIXELS else "antialiased"
+        axes.imshow(picture, interpolation=smooth)
+        axes.set_axis_off()
+        lines = [
+            f"{_short(guess.name)}: {100 * guess.probability:.1f} %"
+            for guess in prediction.classes[:LINES]
+        ]
+        axes.set_title("\n".join(lines), fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _short(name: str) -> str:
+    name = name.partition(",")[0]
+    return name if len(name) <= 20 else f"{name[:19]}…"

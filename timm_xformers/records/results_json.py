@@ -1,0 +1,231 @@
+"""The record of a run: what was measured, on what, and with which versions.
+
+Training and evaluation write the same type, so that reports and cards read both.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+
+import timm_xformers
+from timm_xformers.files.atomic import write_text
+from timm_xformers.training.metrics import Metrics, highest
+
+__all__ = [
+    "Record",
+    "environment",
+    "origin",
+    "peak_memory_mib",
+    "reset_peak_memory",
+    "split_fields",
+    "wilson_interval",
+]
+
+# Standard normal quantile of a two-sided interval of 95 %.
+Z_95 = 1.959963984540054
+VERSIONS_OF = ("timm", "torch", "torchvision", "accelerate", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One JSON object. None: does not apply, or was not measured.
+
+    Attributes:
+        kind: What made the record.
+        model: Name of the model.
+        model_kwargs: Its further arguments.
+        params: Number of parameters.
+        data: Name of the data set.
+        img_size: Side of the input in pixels.
+        in_chans: Colour channels.
+        num_classes: Width of the classifier.
+        val_images: Images that chose the best epoch.
+        val_top1_percent: Accuracy on them.
+        val_top1_interval_percent: Its 95 % Wilson interval.
+        val_top5_percent: Accuracy with five guesses.
+        val_loss: Mean cross-entropy.
+        test_images: Images of the test split, likewise below.
+        skipped_images: Unreadable images left out of the splits in use.
+        epochs: Epochs trained.
+        best_epoch: Epoch whose weights were kept.
+        weights_dtype: What the weights were rounded to before these figures; None: as trained.
+        recipe_hash: Equal for runs that differ in seed and paths only.
+        seed: Seed of the run.
+        batch_size: Images per process and pass.
+        num_processes: Processes.
+        mixed_precision: Precision of the passes.
+        seconds: Time of the training epochs without validation, or of the evaluation.
+        images_per_s: Images over that time, all processes together.
+        data_wait_percent: Share of that time spent waiting for data.
+        step_ms: Mean time of an update, waiting for data included; of the slowest process.
+        peak_memory_mib: Peak of the GPU's memory during the run, or of the process on a CPU since
+            it began; of the process that took most.
+        commit: Git commit of the package, if it runs from a checkout.
+        versions: Python and the packages that matter.
+        hardware: Processor, cores, threads, accelerator.
+        created: When, in UTC.
+    """
+
+    kind: Literal["train", "evaluate"]
+    model: str
+    model_kwargs: dict[str, Any]
+    params: int
+    data: str
+    img_size: int
+    in_chans: int
+    num_classes: int
+    val_images: int | None = None
+    val_top1_percent: float | None = None
+    val_top1_interval_percent: list[float] | None = None
+    val_top5_percent: float | None = None
+    val_loss: float | None = None
+    test_images: int | None = None
+    test_top1_percent: float | None = None
+    test_top1_interval_percent: list[float] | None = None
+    test_top5_percent: float | None = None
+    test_loss: float | None = None
+    skipped_images: int | None = None
+    epochs: int | None = None
+    best_epoch: int | None = None
+    weights_dtype: str | None = None
+    recipe_hash: str | None = None
+    seed: int | None = None
+    batch_size: int
+    num_processes: int
+    mixed_precision: str
+    seconds: float
+    images_per_s: float
+    data_wait_percent: float | None = None
+    step_ms: float | None = None
+    peak_memory_mib: float | None = None
+    commit: str | None
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    created: str
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def split_fields(split: str, metrics: Metrics) -> dict[str, Any]:
+    """The fields of a record about one split.
+
+    Args:
+        split: ``val`` or ``test``.
+        metrics: Figures over it.
+    """
+    low, high = wilson_interval(metrics.top1, metrics.images)
+    return {
+        f"{split}_images": metrics.images,
+        f"{split}_top1_percent": round(metrics.top1_percent, 4),
+        f"{split}_top1_interval_percent": [round(100 * low, 2), round(100 * high, 2)],
+        f"{split}_top5_percent": round(metrics.top5_percent, 4),
+        # Six digits are the same whatever the batch size; the rest is order of summation.
+        f"{split}_loss": float(f"{metrics.loss:.5g}"),
+    }
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927); stays within [0, 1] and works at both ends."""
+    share = right / total
+    scale = 1 + Z_95**2 / total
+    centre = (share + Z_95**2 / (2 * total)) / scale
+    half = Z_95 / scale * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
+    # Exactly 0 and 1 in theory; rounding may leave 1e-17 beside them.
+    low = 0.0 if right == 0 else centre - half
+    high = 1.0 if right == total else centre + half
+    return low, high
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """The fields of a record about where it was made; all processes must call this together."""
+    return {
+        **origin(accelerator.device),
+        "peak_memory_mib": highest(accelerator, peak_memory_mib(accelerator.device)),
+    }
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """Commit, versions, hardware and time of a measurement."""
+    hardware: dict[str, Any] = {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "platform": platform.platform(terse=True),
+    }
+    if device.type == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+        hardware["gpu_memory_mib"] = torch.cuda.get_device_properties(device).total_memory // 2**20
+    return {
+        "commit": _commit(),
+        "versions": _versions(),
+        "hardware": hardware,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak on a GPU; a process's own cannot be lowered again."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak of the accelerator's memory, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "timm-xformers": timm_xformers.__version__}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that the package runs from; an installed package has none."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

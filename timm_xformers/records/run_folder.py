@@ -1,0 +1,133 @@
+"""The run folder: its name, and the refusal to write over another run."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.recipe import Recipe, load_recipe
+
+__all__ = ["RunFolder", "create_run_folder", "open_run_folder", "plain_name"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of what a run leaves behind."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """Resolved recipe."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def history(self) -> Path:
+        """One row per epoch."""
+        return self.root / "results.csv"
+
+    @property
+    def record(self) -> Path:
+        """Final figures."""
+        return self.root / "results.json"
+
+    @property
+    def curves(self) -> Path:
+        """Loss and accuracy, drawn."""
+        return self.root / "curves.png"
+
+    @property
+    def confusion(self) -> Path:
+        """Which class was taken for which, drawn."""
+        return self.root / "confusion.png"
+
+    @property
+    def per_class(self) -> Path:
+        """Recall and precision of every class."""
+        return self.root / "per_class.csv"
+
+    @property
+    def log(self) -> Path:
+        """Everything that was said."""
+        return self.root / "log.txt"
+
+    @property
+    def best(self) -> Path:
+        """Weights to use."""
+        return self.root / "best"
+
+    @property
+    def last(self) -> Path:
+        """Weights and state to go on from."""
+        return self.root / "last"
+
+
+def create_run_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
+    """Create the folder on the main process and tell the others its name.
+
+    Raises:
+        UserError: It holds something already, or cannot be written.
+    """
+    # A failure travels to the other processes too, which would wait for the name forever.
+    answer: list[str | UserError] = [""]
+    if accelerator.is_main_process:
+        try:
+            answer = [str(_create(recipe))]
+        except UserError as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return RunFolder(Path(answer[0]))
+
+
+def open_run_folder(root: Path) -> tuple[RunFolder, Recipe]:
+    """A folder to go on in, and the recipe it was started with.
+
+    Raises:
+        UserError: It holds no run, or a finished one.
+    """
+    folder = RunFolder(root)
+    if not folder.recipe.is_file():
+        raise UserError(f"{root} holds no run (recipe.yaml is missing); correct --resume.")
+    if folder.record.exists():
+        raise UserError(f"{root} is finished; its figures are in {folder.record}.")
+    return folder, load_recipe(str(folder.recipe), {})
+
+
+def _create(recipe: Recipe) -> Path:
+    try:
+        if recipe.output is not None:
+            root = Path(recipe.output)
+            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+                raise UsageError(
+                    f"{root} is not empty; choose another --output, or go on with it by --resume "
+                    f"{root}."
+                )
+            root.mkdir(parents=True, exist_ok=True)
+            return root
+        name = plain_name(recipe.model, recipe.data)
+        parent = Path("runs")
+        parent.mkdir(exist_ok=True)
+        taken = [re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name) for path in parent.iterdir()]
+        number = max((int(match[1]) for match in taken if match), default=0) + 1
+        while True:  # another run may take a number between the look and the step
+            root = parent / f"{name}-{number}"
+            try:
+                root.mkdir()
+                return root
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(
+            f"Cannot create the run folder {error.filename}: {error.strerror}; choose another "
+            "--output."
+        ) from error
+
+
+def plain_name(*names: str) -> str:
+    """Names as part of a file name: paths and prefixes become one word each."""
+    return "-".join(re.sub(r"[^\w.]+", "_", name).strip("_.")[-60:] for name in names)

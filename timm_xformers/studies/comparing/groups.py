@@ -1,0 +1,215 @@
+"""Runs that differ in nothing but the seed, as one row: means, deviations, intervals."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from timm_xformers.recipe import NO_INFLUENCE
+from timm_xformers.records.find_runs import Run
+from timm_xformers.records.results_json import Record
+
+__all__ = ["SAME", "Estimate", "Group", "Metric", "group_runs", "plain", "sort_groups"]
+
+Metric = Literal["test", "val"]
+
+# Equal within a group: what was trained, on what, and how. Seed, commit, time and place are not.
+SAME = (
+    "kind",
+    "data",
+    "model",
+    "model_kwargs",
+    "img_size",
+    "in_chans",
+    "num_classes",
+    "epochs",
+    "batch_size",
+    "num_processes",
+    "mixed_precision",
+    "recipe_hash",
+    "params",
+    "val_images",
+    "test_images",
+)
+# Said of a model, in this order, until no other on the same data is called the same: fields of the
+# record, then what differs between the recipes, then the rest.
+TELLING = (
+    "model_kwargs",
+    "img_size",
+    "epochs",
+    "batch_size",
+    "mixed_precision",
+    "num_processes",
+    "kind",
+)
+TELLING_LAST = ("recipe_hash", *SAME)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over runs with its 95 % interval.
+
+    Attributes:
+        mean: Over the runs, in percent.
+        deviation: Standard deviation of the sample of runs (n - 1); None for a single one.
+        low: Lower end of the interval.
+        high: Upper end of it.
+        method: ``t``: Student's interval of the mean over seeds. ``Wilson``: of a single run, over
+            the choice of images.
+    """
+
+    mean: float
+    deviation: float | None
+    low: float
+    high: float
+    method: Literal["t", "Wilson"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        label: Name of the model, with as much more as sets it apart on its data.
+        runs: At least one, by seed.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def record(self) -> Record:
+        """One of the records, for what all of them share."""
+        return self.runs[0].record
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds that are known, ascending; a seed that was run twice is listed twice."""
+        return [run.record.seed for run in self.runs if run.record.seed is not None]
+
+    def values(self, field: str) -> list[float]:
+        """A field over the runs that have it."""
+        found = [getattr(run.record, field) for run in self.runs]
+        return [value for value in found if value is not None]
+
+    def mean(self, field: str) -> float | None:
+        """Mean of a field over the runs that have it."""
+        values = self.values(field)
+        return statistics.fmean(values) if values else None
+
+    def peak(self, field: str) -> float | None:
+        """Largest value of a field."""
+        return max(self.values(field), default=None)
+
+    def top1(self, metric: Metric) -> Estimate | None:
+        """Accuracy in percent; None if it was not measured."""
+        values = self.values(f"{metric}_top1_percent")
+        if len(values) < 2:
+            intervals: Any = self.values(f"{metric}_top1_interval_percent")
+            if not values or not intervals:
+                return None
+            low, high = intervals[0]
+            return Estimate(values[0], None, low, high, "Wilson")
+        from scipy.special import stdtrit
+
+        mean, deviation = statistics.fmean(values), statistics.stdev(values)
+        quantile = float(stdtrit(len(values) - 1, 0.975))
+        half = quantile * deviation / math.sqrt(len(values))
+        # Student's interval knows nothing of the ends of the scale.
+        return Estimate(mean, deviation, max(mean - half, 0.0), min(mean + half, 100.0), "t")
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Put runs together that differ in nothing but the seed; their order is the runs' own."""
+    members: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=_run_key):
+        members.setdefault(_identity(run.record), []).append(run)
+    found = list(members.values())
+    labels = [group[0].record.model for group in found]
+    named = [(group[0].record.data, label) for group, label in zip(found, labels, strict=True)]
+    for name in dict.fromkeys(named):
+        namesakes = [index for index, other in enumerate(named) if other == name]
+        for index, words in zip(
+            namesakes, _tell_apart([found[i][0] for i in namesakes]), strict=True
+        ):
+            labels[index] += words
+    return [Group(label, tuple(group)) for label, group in zip(labels, found, strict=True)]
+
+
+def sort_groups(groups: Sequence[Group], by: str, metric: Metric) -> list[Group]:
+    """Order the rows of a report; what is unknown comes last, and names decide between equals.
+
+    Args:
+        groups: The rows.
+        by: ``accuracy`` (best first), ``params``, ``seconds``, ``memory`` (least first) or
+            ``name``.
+        metric: Whose accuracy.
+    """
+
+    def key(group: Group) -> tuple[bool, float, str, str, str]:
+        value: float | None
+        if by == "accuracy":
+            top1 = group.top1(metric)
+            value = None if top1 is None else -top1.mean
+        elif by == "memory":
+            value = group.peak("peak_memory_mib")
+        elif by == "name":
+            value = 0.0
+        else:
+            value = group.mean(by)
+        record = group.record
+        return value is None, value or 0.0, group.label, record.data, _identity(record)
+
+    return sorted(groups, key=key)
+
+
+def plain(value: Any) -> str:
+    """A field's value as words: mappings without brackets, nothing for None."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={plain(entry)}" for name, entry in value.items())
+    return "" if value is None else str(value)
+
+
+def _identity(record: Record) -> str:
+    return json.dumps([getattr(record, name) for name in SAME], sort_keys=True)
+
+
+def _run_key(run: Run) -> tuple[str, bool, int, str, str]:
+    record = run.record
+    return _identity(record), record.seed is None, record.seed or 0, record.created, run.source
+
+
+def _tell_apart(runs: list[Run]) -> list[str]:
+    """Words to put behind one model's name so that all of them differ."""
+    of_records = {
+        name: [plain(getattr(run.record, name)) for run in runs]
+        for name in (*TELLING, *TELLING_LAST)
+    }
+    of_recipes = _differing_settings(runs)
+    words = [""] * len(runs)
+    for name in (*TELLING, *of_recipes, *TELLING_LAST):
+        if len(set(words)) == len(runs):
+            break
+        values = of_recipes.get(name) or of_records[name]
+        if len(set(values)) == 1:
+            continue
+        for index, value in enumerate(values):
+            shown = value[:8] if name == "recipe_hash" else value
+            text = shown if name == "model_kwargs" else f"{name}={shown}"
+            words[index] += f", {text}" if value else ""
+    return words
+
+
+def _differing_settings(runs: list[Run]) -> dict[str, list[str]]:
+    """Settings that shape a result and are not equal, with each run's; none if a recipe is lacking.
+
+    Settings that set off most runs from each other come first.
+    """
+    known = [name for name in runs[0].settings if name not in (*NO_INFLUENCE, *SAME)]
+    if not all(run.settings for run in runs):
+        return {}
+    values = {name: [plain(run.settings.get(name)) for run in runs] for name in known}
+    differing = {name: texts for name, texts in values.items() if len(set(texts)) > 1}
+    return dict(sorted(differing.items(), key=lambda entry: -len(set(entry[1]))))

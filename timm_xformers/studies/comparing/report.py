@@ -1,0 +1,244 @@
+"""A comparison of runs: report.md with pictures, report.csv by group, runs.csv by run."""
+
+import csv
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.records.find_runs import Skipped, find_runs
+from timm_xformers.records.results_json import Record
+from timm_xformers.studies.comparing.groups import (
+    SAME,
+    Estimate,
+    Group,
+    Metric,
+    group_runs,
+    sort_groups,
+)
+from timm_xformers.studies.comparing.report_plots import PLOTS, plot_report
+
+__all__ = ["Report", "report"]
+
+NAMES = {"test": "test", "val": "validation"}
+# Means over the runs of a group, as report.csv calls them.
+MEANS = ("seconds", "images_per_s", "data_wait_percent", "step_ms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was compared.
+
+    Attributes:
+        path: The Markdown file.
+        groups: Its rows.
+        skipped: What was left out, and why.
+    """
+
+    path: Path
+    groups: list[Group]
+    skipped: list[Skipped]
+
+
+def report(
+    paths: Sequence[Path], output: Path, *, sort: str = "accuracy", metric: Metric = "test"
+) -> Report:
+    """Compare runs and write the comparison.
+
+    Args:
+        paths: See `find_runs`.
+        output: Folder for the files; those of an earlier report are replaced, others stay.
+        sort: See `sort_groups`.
+        metric: Accuracy to sort and draw by.
+
+    Raises:
+        UserError: No usable run.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; choose a folder as --output.")
+    runs, skipped = find_runs(paths)
+    if not runs:
+        reasons = "; ".join(f"{entry.source} {entry.reason}" for entry in skipped[:3])
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise UserError(f"There is no finished run to compare: {reasons}{more}.")
+    groups = sort_groups(group_runs(runs), sort, metric)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_groups(output / "report.csv", groups)
+    _write_runs(output / "runs.csv", groups)
+    for name in PLOTS:
+        (output / name).unlink(missing_ok=True)
+    plots = plot_report(output, groups, metric)
+    path = output / "report.md"
+    path.write_text(_markdown(groups, skipped, plots, sort, metric), encoding="utf-8")
+    return Report(path, groups, skipped)
+
+
+def _markdown(
+    groups: list[Group], skipped: list[Skipped], plots: list[str], sort: str, metric: Metric
+) -> str:
+    records = [run.record for group in groups for run in group.runs]
+    lines = [f"# {len(records)} runs in {len(groups)} groups", ""]
+    lines += _table(groups)
+    lines += [
+        "",
+        f"Sorted by {f'{NAMES[metric]} top-1' if sort == 'accuracy' else sort}. Accuracies are "
+        "means over the runs of a group ± standard deviation (n - 1). 95 % intervals marked *t* "
+        "are Student's, of the mean over seeds on these images; those marked *W* are Wilson's, of "
+        "a single run over the choice of images. Seconds are of training without validation; times "
+        "and speeds are means, memory is the highest run's.",
+        "",
+    ]
+    lines += [f"{_facts(records)}", ""]
+    lines += [f"**Mind:** {note}" for note in _notes(groups)]
+    lines += [f"![{PLOTS[name]}]({name})\n" for name in plots]
+    if skipped:
+        lines += ["", "Left out:", ""]
+        lines += [f"- `{entry.source}` {entry.reason}" for entry in skipped]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(groups: list[Group]) -> list[str]:
+    columns: dict[str, Callable[[Group], str]] = {
+        "model": lambda g: f"`{g.label}`".replace("|", r"\|"),
+        "data": lambda g: g.record.data.replace("|", r"\|"),
+        "parameters": lambda g: f"{g.record.params:,}",
+        "epochs": lambda g: _number(g.record.epochs, 0),
+        "runs (seeds)": lambda g: f"{len(g.runs)} ({_seeds(g)})" if g.seeds else f"{len(g.runs)}",
+        "test top-1 %": lambda g: _accuracy(g.top1("test")),
+        "95 %": lambda g: _interval(g.top1("test")),
+        "validation top-1 %": lambda g: _accuracy(g.top1("val")),
+        "95 % ": lambda g: _interval(g.top1("val")),
+        "seconds": lambda g: _number(g.mean("seconds"), 1),
+        "images/s": lambda g: _number(g.mean("images_per_s"), 0),
+        "data wait %": lambda g: _number(g.mean("data_wait_percent"), 1),
+        "ms per update": lambda g: _number(g.mean("step_ms"), 1),
+        "peak MiB": lambda g: _number(g.peak("peak_memory_mib"), 0),
+    }
+    cells = {name: [cell(group) for group in groups] for name, cell in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    numbers = set(columns) - {"model", "data", "runs (seeds)"}
+    rows = [
+        [name.strip() for name in cells],
+        ["---:" if name in numbers else "---" for name in cells],
+        *([column[i] or "-" for column in cells.values()] for i in range(len(groups))),
+    ]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _facts(records: list[Record]) -> str:
+    """Versions and hardware that all records share."""
+    versions, _ = _shared([record.versions for record in records])
+    hardware, _ = _shared([record.hardware for record in records])
+    parts = []
+    if versions:
+        parts.append("Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".")
+    if hardware:
+        parts.append("Hardware: " + ", ".join(f"{k} {v}" for k, v in hardware.items()) + ".")
+    return " ".join(parts)
+
+
+def _notes(groups: list[Group]) -> list[str]:
+    """What a reader must know before comparing."""
+    records = [run.record for group in groups for run in group.runs]
+    notes = []
+    commits = [{"commit": (record.commit or "unknown")[:8]} for record in records]
+    for kind, what, effect in (
+        ("hardware", [record.hardware for record in records], "times and memory do not compare"),
+        ("versions", [record.versions for record in records], "times may not compare"),
+        ("commits", commits, "the code was not the same"),
+    ):
+        _, mixed = _shared(what)
+        if mixed:
+            details = "; ".join(
+                f"{name} {', '.join(f'{value} ({count})' for value, count in counts.items())}"
+                for name, counts in mixed.items()
+            )
+            notes.append(f"mixed {kind}, so {effect}: {details} (runs in brackets).\n")
+    sets = sorted({record.data for record in records})
+    if len(sets) > 1:
+        notes.append(f"accuracies on {', '.join(sets)} do not compare with one another.\n")
+    for group in groups:
+        again = [seed for seed, count in Counter(group.seeds).items() if count > 1]
+        if again:
+            words = ", ".join(map(str, again))
+            notes.append(f"`{group.label}` has seed {words} more than once, as if independent.\n")
+    return notes
+
+
+def _shared(
+    facts: Sequence[dict[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Counter[str]]]:
+    """What all agree on, and for the rest how many say what."""
+    names = list(dict.fromkeys(name for fact in facts for name in fact))
+    counts = {name: Counter(str(fact.get(name, "unknown")) for fact in facts) for name in names}
+    shared = {name: facts[0][name] for name in names if len(counts[name]) == 1}
+    mixed = {
+        name: Counter(dict(sorted(counts[name].items()))) for name in names if len(counts[name]) > 1
+    }
+    return shared, mixed
+
+
+def _write_groups(path: Path, groups: list[Group]) -> None:
+    rows = []
+    for group in groups:
+        row: dict[str, Any] = {"label": group.label}
+        row |= {name: _cell(getattr(group.record, name)) for name in SAME}
+        row |= {"runs": len(group.runs), "seeds": _seeds(group)}
+        for metric in ("test", "val"):
+            top1 = group.top1(metric)
+            values = {} if top1 is None else dataclasses.asdict(top1)
+            for field in dataclasses.fields(Estimate):
+                unit = "" if field.name == "method" else "_percent"
+                row[f"{metric}_top1_{field.name}{unit}"] = _rounded(values.get(field.name))
+        row |= {f"{name}_mean": _rounded(group.mean(name)) for name in MEANS}
+        row["peak_memory_mib_max"] = group.peak("peak_memory_mib")
+        rows.append(row)
+    _write_csv(path, rows)
+
+
+def _write_runs(path: Path, groups: list[Group]) -> None:
+    _write_csv(
+        path,
+        [
+            {"source": run.source, "label": group.label}
+            | {name: _cell(value) for name, value in dataclasses.asdict(run.record).items()}
+            for group in groups
+            for run in group.runs
+        ],
+    )
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (dict, list)) else value
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _seeds(group: Group) -> str:
+    return " ".join(map(str, group.seeds))
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _accuracy(top1: Estimate | None) -> str:
+    if top1 is None:
+        return ""
+    return f"{top1.mean:.2f}" + ("" if top1.deviation is None else f" ± {top1.deviation:.2f}")
+
+
+def _interval(top1: Estimate | None) -> str:
+    return "" if top1 is None else f"{top1.low:.2f} to {top1.high:.2f} *{top1.method[0]}*"

@@ -1,0 +1,206 @@
+"""The folder of a selection: what was asked for, what is done, and who is at work on the rest.
+
+What is finished is a file. What is being worked on is a lock that the system takes back when its
+holder dies, however it dies. So there is nothing to repair after a crash, and any number of
+processes, started together or one after the other, can work in one folder.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.recipe import Recipe
+from timm_xformers.studies.selecting.folds import FoldResult, Folds, configuration_key, run_fold
+from timm_xformers.studies.selecting.space import Space
+
+__all__ = ["POLL_SECONDS", "Search"]
+
+# Between two looks at whether others have finished what is left.
+POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A recipe, what varies in it, and the folder that receives everything.
+
+    Attributes:
+        recipe: What all configurations share.
+        space: What they may set.
+        root: The folder.
+    """
+
+    recipe: Recipe
+    space: Space
+    root: Path
+
+    @property
+    def definition(self) -> Path:
+        """What is selected from what."""
+        return self.root / "search.yaml"
+
+    @property
+    def database(self) -> Path:
+        """Optuna's study."""
+        return self.root / "study.db"
+
+    @property
+    def csv(self) -> Path:
+        """One row per configuration and fold."""
+        return self.root / "selection.csv"
+
+    @property
+    def markdown(self) -> Path:
+        """The table, best first."""
+        return self.root / "selection.md"
+
+    @property
+    def plot(self) -> Path:
+        """The same, drawn."""
+        return self.root / "selection.png"
+
+    @property
+    def best(self) -> Path:
+        """The recipe that was chosen."""
+        return self.root / "best.yaml"
+
+    @property
+    def final(self) -> Path:
+        """Run folder of the training on all images."""
+        return self.root / "final"
+
+    @property
+    def log(self) -> Path:
+        """A line for everything that was finished."""
+        return self.root / "log.txt"
+
+    def create(self, folds: Folds, check: Callable[[], None]) -> None:
+        """Create the folder, or enter one that was created for the same search.
+
+        Args:
+            folds: The images.
+            check: Called before anything is written to a new folder.
+
+        Raises:
+            UserError: The folder holds something else, or cannot be written.
+        """
+        text = self._definition(folds)
+        try:
+            if not self.definition.is_file():
+                if self.root.exists() and (not self.root.is_dir() or self._strangers()):
+                    raise UsageError(f"{self.root} is not empty; choose another --output.")
+                check()
+                (self.root / "locks").mkdir(parents=True, exist_ok=True)
+                (self.root / "folds").mkdir(exist_ok=True)
+                with self.claim("folder", wait=True):
+                    if not self.definition.is_file():  # others may start at the same moment
+                        fresh = self.definition.with_suffix(".tmp")
+                        fresh.write_text(text, encoding="utf-8")
+                        fresh.replace(self.definition)
+        except OSError as error:
+            raise UserError(
+                f"Cannot create the folder {error.filename}: {error.strerror}; choose another "
+                "--output."
+            ) from error
+        if self.definition.read_text(encoding="utf-8") != text:
+            raise UsageError(
+                f"{self.root} holds another search ({self.definition} says which); choose another "
+                "--output."
+            )
+
+    def _strangers(self) -> bool:
+        """Whether somebody else's files are in the folder."""
+        return any(path.name not in ("locks", "folds") for path in self.root.iterdir())
+
+    def _definition(self, folds: Folds) -> str:
+        """What must not change from one start to the next."""
+        recipe = dataclasses.asdict(self.recipe)
+        for name in ("output", "data_dir", "num_workers", "download"):
+            del recipe[name]
+        labels = folds.data.train.labels
+        data = {
+            "training_images": len(labels),
+            "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
+        }
+        content = {"data": data, "space": dataclasses.asdict(self.space), "recipe": recipe}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+    @contextlib.contextmanager
+    def claim(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+        """Hold a name, if nobody else does; its holder's end, even a sudden one, frees it.
+
+        Args:
+            name: What is claimed.
+            wait: Until it is free.
+
+        Yields:
+            Whether it is ours; always so after waiting.
+        """
+        lock = FileLock(self.root / "locks" / f"{name}.lock", timeout=-1 if wait else 0)
+        try:
+            lock.acquire(poll_interval=POLL_SECONDS)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def result_path(self, values: dict[str, Any], fold: int) -> Path:
+        """File of one configuration's result on one fold."""
+        return self.root / "folds" / f"{configuration_key(values)}-{fold}.json"
+
+    def result(self, values: dict[str, Any], fold: int) -> FoldResult | None:
+        """That result, if there is one."""
+        path = self.result_path(values, fold)
+        return FoldResult.load(path) if path.is_file() else None
+
+    def results(self, values: dict[str, Any]) -> list[FoldResult]:
+        """Results of a configuration, by fold."""
+        found = [self.result(values, fold) for fold in range(1, self.space.folds + 1)]
+        return [result for result in found if result is not None]
+
+    def run(
+        self,
+        name: str,
+        values: dict[str, Any],
+        folds: Folds,
+        fold: int,
+        go_on: Callable[[int, float], bool] | None = None,
+    ) -> FoldResult:
+        """Do what the caller has claimed, and keep the result.
+
+        Args:
+            name: Of the configuration, for people.
+            values: What it sets.
+            folds: The images.
+            fold: Which one, counted from 1.
+            go_on: See `run_fold`.
+        """
+        result = run_fold(self.recipe, values, folds, fold, go_on)
+        result.save(self.result_path(values, fold))
+        text = f"{name} fold {fold}/{self.space.folds}: {result.state}"
+        if result.val_loss:
+            text += (
+                f", top-1 {result.val_top1_percent[-1]:.2f} %, loss {result.val_loss[-1]:.4f} "
+                f"after {result.epochs} epochs"
+            )
+        self.say(
+            f"{text}, {result.seconds:.1f} s" + (f": {result.reason}" if result.reason else "")
+        )
+        return result
+
+    def say(self, text: str) -> None:
+        """Show a line and log it."""
+        print(text, file=sys.stderr, flush=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

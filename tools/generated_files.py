@@ -1,0 +1,111 @@
+"""What is written from records alone: a card for each packaged weight, tables of results.
+
+Tests compare the files with what these functions give, so that nothing is edited by hand.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from timm_xformers.errors import UserError
+from timm_xformers.files.atomic import write_text
+from timm_xformers.planning.catalog import build_empty
+from timm_xformers.publishing.card import Card, write_card
+from timm_xformers.records.results_json import Record
+from timm_xformers.weights import Weights, read_manifest
+from tools.checkout import Checkout
+from tools.result_tables import results_table, source_sentence
+
+__all__ = ["package_cards", "stale_files", "write_generated"]
+
+TABLE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", flags=re.DOTALL)
+# The table of models, below the command that prints it.
+MODELS = re.compile(
+    r"(^timm-xformers (models [^\n]*)\n```\n\n<!-- models -->\n).*?(?=<!-- /models -->)",
+    flags=re.DOTALL | re.MULTILINE,
+)
+
+
+def write_generated(checkout: Checkout) -> None:
+    """Write cards and tables anew."""
+    checkout.cards.mkdir(exist_ok=True)
+    for name, text in package_cards(checkout).items():
+        write_text(checkout.card(name), text)
+    for path, table in _results_tables(checkout).items():
+        text = _put(TABLE, table, path.read_text(encoding="utf-8"))
+        text = MODELS.sub(lambda found: found[1] + _models_table(found[2], checkout), text)
+        write_text(path, text)
+
+
+def _put(place: re.Pattern[str], table: str, text: str) -> str:
+    return place.sub(lambda _: table, text)
+
+
+def _results_tables(checkout: Checkout) -> dict[Path, str]:
+    return {
+        checkout.readme: results_table(checkout, readme=True),
+        checkout.results_page: results_table(checkout, readme=False),
+    }
+
+
+def _models_table(command: str, checkout: Checkout) -> str:
+    """What the README's command prints, in a process that has not met the manifest of before."""
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_xformers", *command.split()],
+        cwd=checkout.root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"`timm-xformers {command}` of {checkout.readme} fails; correct it there.")
+    return done.stdout
+
+
+def stale_files(checkout: Checkout) -> list[str]:
+    """Generated files that differ from what `write_generated` would write, or should not be."""
+    cards = package_cards(checkout)
+    found = {path.stem: path.read_text(encoding="utf-8") for path in checkout.cards.glob("*.md")}
+    stale = [name for name in sorted({*cards, *found}) if cards.get(name) != found.get(name)]
+    files = [f"model_cards/{name}.md" for name in stale]
+    for path, table in _results_tables(checkout).items():
+        shown = TABLE.search(path.read_text(encoding="utf-8"))
+        if shown is None or shown[0] != table:
+            files.append(path.relative_to(checkout.root).as_posix())
+    return files
+
+
+def package_cards(checkout: Checkout) -> dict[str, str]:
+    """The card of every packaged weight, by name."""
+    records = checkout.training_records()
+    return {
+        name: write_card(_card(entry, records.get(entry.tag, []), checkout))
+        for name, entry in read_manifest(checkout.weights).items()
+    }
+
+
+def _card(entry: Weights, records: list[Record], checkout: Checkout) -> Card:
+    wanted = entry.model, entry.recipe_hash, entry.seed
+    trained = [
+        record
+        for record in records  # a run that began with another tag's weights has it in its name
+        if (record.model.partition(".")[0], record.recipe_hash, record.seed) == wanted
+    ]
+    if not trained:
+        raise UserError(
+            f"results/{entry.tag}.jsonl has no run of {entry.model} with recipe "
+            f"{entry.recipe_hash} and seed {entry.seed}; put the record of {entry.name} back."
+        )
+    recipe = checkout.stored_recipe(entry.recipe_hash).relative_to(checkout.root)
+    where = "" if entry.tag == "digits" else " --data-dir DIR"
+    return Card(
+        title=entry.name,
+        load=entry.name,
+        attention=build_empty(entry.model).attn_layer,
+        trained=trained[-1],
+        tested=checkout.load_half_record(entry.name),
+        recipe=checkout.load_recipe(entry.recipe_hash),
+        reproduce=f"timm-xformers train --recipe {recipe.as_posix()}{where} --seed {entry.seed}",
+        source=source_sentence(checkout.load_notes(), entry.model, entry.tag),
+    )

@@ -1,0 +1,137 @@
+"""Tables of results, from records: all of them, and those that the README shows.
+
+A row of one run whose weights are in the package has the figure of these weights, rounded and as
+they load, since that is what a reader can measure again; every other row that of its runs.
+Words that no record has, what mixes the tokens and which published figure to compare with, stand in
+notes.yaml beside the records. The command of a row is found, not written: a shipped recipe whose
+hash is the record's, or the recipe that was stored with the weights.
+"""
+
+import functools
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from timm_xformers.errors import UserError
+from timm_xformers.recipe import load_recipe, shipped_recipes
+from timm_xformers.records.results_json import Record
+from timm_xformers.weights import read_manifest
+from tools.checkout import Checkout
+
+__all__ = ["results_table", "source_sentence"]
+
+HEADINGS = (
+    *("model", "data, what mixes", "parameters", "command", "seconds of training"),
+    *("test top-1 %", "seeds", "published"),
+)
+DATA_ORDER = ("digits", "mnist", "cifar10", "cifar100")
+# The data set that nearly every model has weights for.
+MANY = "digits"
+# What makers add to a processor's name.
+NOISE = re.compile(r"\((?:R|TM)\)| (?:Processor|CPU)\b.*| \d+-Core.*")
+
+
+def results_table(checkout: Checkout, *, readme: bool) -> str:
+    """Rows of runs that differ in seed only, by data set and in the order of the records.
+
+    Args:
+        checkout: Where the records are.
+        readme: Keep the packaged weights but for those of `MANY`, and what was run with several
+            seeds; link from the top folder instead of from docs.
+    """
+    notes = checkout.load_notes()
+    cards = {
+        (entry.model, entry.tag, entry.recipe_hash): name
+        for name, entry in read_manifest(checkout.weights).items()
+    }
+    rows = [HEADINGS, ("---",) * len(HEADINGS)]
+    by_data = checkout.training_records()
+    for data in sorted(by_data, key=lambda name: (*DATA_ORDER, name).index(name)):
+        groups: dict[tuple[str, str], list[Record]] = {}
+        for record in by_data[data]:
+            groups.setdefault((record.model, str(record.recipe_hash)), []).append(record)
+        for (model, recipe_hash), runs in groups.items():
+            card = cards.get((model, data, recipe_hash))
+            if readme and (data == MANY if card else len(runs) == 1):
+                continue
+            folder = "model_cards" if readme else "../model_cards"
+            rows.append(_row(data, runs, card, folder, notes, checkout))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def source_sentence(notes: dict[str, Any], model: str, data: str) -> str:
+    """A published figure to compare with; empty if nobody published one."""
+    found = _published(notes, model, data)
+    return f"Published for such a model on {data}: {found}." if found != "-" else ""
+
+
+def _row(
+    data: str,
+    runs: Sequence[Record],
+    card: str | None,
+    cards: str,
+    notes: dict[str, Any],
+    checkout: Checkout,
+) -> tuple[str, ...]:
+    first = runs[0]
+    link = f" ([weights]({cards}/{card}.md))" if card else ""
+    recipe_hash = str(first.recipe_hash)
+    mixes = notes["mixes"].get(recipe_hash) or notes["mixes"].get(first.model)
+    if mixes is None:
+        raise UserError(
+            f"{checkout.notes} says nothing of what mixes in {first.model}; add a line there."
+        )
+    loaded = [checkout.load_half_record(card)] if card and len(runs) == 1 else runs
+    tested = [run.test_top1_percent for run in loaded if run.test_top1_percent is not None]
+    figure = f"{statistics.mean(tested):.2f}"
+    if len(tested) > 1:
+        figure += f" ± {statistics.stdev(tested):.2f}"
+    return (
+        f"`{first.model}`",
+        f"{data}: {mixes}{link}",
+        f"{first.params:,}",
+        f"`{_command(first, notes, checkout)}`",
+        f"{statistics.median(run.seconds for run in runs):,.0f} on {_processor(first)}",
+        figure,
+        f"{len(tested)}",
+        _published(notes, first.model, data),
+    )
+
+
+def _processor(record: Record) -> str:
+    hardware = record.hardware
+    if hardware.get("gpu"):
+        return f"{record.num_processes} × {hardware['gpu']}"
+    return f"{hardware['threads']} × {NOISE.sub('', hardware['cpu']).strip()}"
+
+
+def _published(notes: dict[str, Any], model: str, data: str) -> str:
+    found = notes["published"].get(data, {}).get(model)
+    return "-" if found is None else f"{found['percent']:.2f} ({found['what']})"
+
+
+def _command(record: Record, notes: dict[str, Any], checkout: Checkout) -> str:
+    recipe_hash = str(record.recipe_hash)
+    named = notes["commands"].get(recipe_hash)
+    if named is not None:
+        return str(named)
+    where = "" if record.data == "digits" else " --data-dir DIR"
+    for name, (model, kwargs) in _shipped().items():
+        changes = {"model": record.model, "model_kwargs": record.model_kwargs}
+        if load_recipe(name, changes).digest == recipe_hash:
+            own = (model, kwargs) == (record.model, record.model_kwargs)
+            return f"train --recipe {name}{where}" + ("" if own else f" --model {record.model}")
+    stored = checkout.stored_recipe(recipe_hash)
+    if not stored.is_file():
+        raise UserError(
+            f"No recipe gives {recipe_hash}, the hash of a run of {record.model} on {record.data}; "
+            f"store it as {stored}."
+        )
+    return f"train --recipe {stored.relative_to(checkout.root).as_posix()}{where}"
+
+
+@functools.cache
+def _shipped() -> dict[str, tuple[str, dict[str, Any]]]:
+    recipes = {name: load_recipe(name, {}) for name in shipped_recipes()}
+    return {name: (recipe.model, recipe.model_kwargs) for name, recipe in recipes.items()}
