@@ -141,8 +141,6 @@ def test_mistakes_are_one_sentence_and_a_code(arguments, code, words, capsys, tm
         ["report"],
         ["report", "run", "--sort", "beauty"],
         ["select"],
-        ["convert", "run"],
-        ["convert", "run", "--output", "half", "--to-package"],
         ["publish", "run"],
         ["predict", "vix_softmax"],
         ["predict", "vix_softmax", "image.png", "--top-k", "0"],
@@ -286,7 +284,7 @@ def test_models_as_data(capsys):
 
 
 def test_models_in_order(monkeypatch, capsys):
-    from timm_xformers.training import catalog
+    from timm_xformers.planning import catalog
 
     figures = {"b_m16": (1, 3.0, 2.0), "a": (2, 2.0, 3.0), "b_m4": (3, 1.0, 1.0)}
     listed = [

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from timm_xformers.cli import main
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.predicting.evaluate import evaluate
-from timm_xformers.publishing import package
 from timm_xformers.publishing.finished_run import open_finished
 from timm_xformers.publishing.float16 import convert, write_half
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_json import Record
 from timm_xformers.weights import check_images, read_manifest
+from tools import package_weights as package
 from tools.checkout import Checkout, this_checkout
 from tools.generated_files import stale_files, write_generated
 from tools.package_weights import add_to_package

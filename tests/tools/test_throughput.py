@@ -11,10 +11,10 @@ import yaml
 
 from timm_xformers.data.data import refuse_unread
 from timm_xformers.errors import UsageError, UserError
-from timm_xformers.planning import throughput
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_csv import EpochRow, write_history
 from timm_xformers.records.results_json import Record
+from tools import throughput
 from tools.throughput import Comparison, Epoch, timm_epochs
 from tools.throughput_cases import (
     BATCH_SIZE,

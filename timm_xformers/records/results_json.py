@@ -12,18 +12,22 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 import timm_xformers
 from timm_xformers.files.atomic import write_text
-from timm_xformers.training.metrics import Metrics, highest
+
+if TYPE_CHECKING:
+    from timm_xformers.training.metrics import Metrics
 
 __all__ = [
     "Record",
     "environment",
+    "highest",
     "origin",
     "peak_memory_mib",
     "reset_peak_memory",
@@ -123,7 +127,7 @@ class Record:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def split_fields(split: str, metrics: Metrics) -> dict[str, Any]:
+def split_fields(split: str, metrics: "Metrics") -> dict[str, Any]:
     """The fields of a record about one split.
 
     Args:
@@ -229,3 +233,12 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+def highest(accelerator: Accelerator, value: float | None) -> float | None:
+    """Largest value over all processes; None if it is None here, which it then is everywhere."""
+    if value is None or accelerator.num_processes == 1:
+        return value
+    mine = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
+    gathered: Tensor = accelerator.gather(mine)
+    return float(gathered.max())

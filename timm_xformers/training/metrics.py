@@ -12,7 +12,7 @@ from timm_xformers.data.data import Batches
 from timm_xformers.data.sampling import eval_batches
 from timm_xformers.training.sharding import equal_turns, is_sharded
 
-__all__ = ["Metrics", "add_up", "evaluate_model", "highest"]
+__all__ = ["Metrics", "add_up", "evaluate_model"]
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,3 @@ def add_up(accelerator: Accelerator, sums: Tensor) -> Tensor:
         return sums
     total: Tensor = accelerator.reduce(sums.to(accelerator.device))
     return total.cpu()
-
-
-def highest(accelerator: Accelerator, value: float | None) -> float | None:
-    """Largest value over all processes; None if it is None here, which it then is everywhere."""
-    if value is None or accelerator.num_processes == 1:
-        return value
-    mine = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
-    gathered: Tensor = accelerator.gather(mine)
-    return float(gathered.max())

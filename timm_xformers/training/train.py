@@ -22,6 +22,7 @@ from timm_xformers.records.results_csv import EpochRow, write_history
 from timm_xformers.records.results_json import (
     Record,
     environment,
+    highest,
     reset_peak_memory,
     split_fields,
 )
@@ -36,7 +37,7 @@ from timm_xformers.training.checkpoint import (
 )
 from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochStats, EpochSums
-from timm_xformers.training.metrics import Metrics, evaluate_model, highest
+from timm_xformers.training.metrics import Metrics, evaluate_model
 from timm_xformers.training.progress import Progress, epoch_line, headline, summary
 from timm_xformers.training.session import Session, open_session
 from timm_xformers.training.sharding import gather_shards, place, whole_weights
