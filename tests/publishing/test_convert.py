@@ -199,7 +199,7 @@ def test_command_says_both_figures(finished_run, capsys):
         f"float16 weights are in half: {record['test_top1_percent']:.2f} % on the test set, "
         f"{trained:.2f} % as trained"
     )
-    assert main(["convert", str(finished_run), "--output", "half2", "--replace"]) == 2
+    assert main(["convert", str(finished_run), "--to-package"]) == 2
 
 
 def test_stale_files_are_noticed(finished_run, checkout):
