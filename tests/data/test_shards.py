@@ -126,7 +126,7 @@ def test_index_is_made_once_and_again_after_a_change(shards, monkeypatch):
     assert len(opened(shards).train) == 23
     (shards / ".index-train.npz").write_bytes(b"PK\3\4 half")
     assert len(opened(shards).train) == 23
-    assert not list(shards.glob("*.tmp-*"))
+    assert not list(shards.glob(".txf-*"))
 
 
 def test_shards_in_a_folder_that_cannot_be_written(shards, monkeypatch):

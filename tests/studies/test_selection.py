@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import json
+import os
 import re
 
 import pytest
@@ -300,7 +300,7 @@ def test_result_is_whole_or_absent(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(json, "dump", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         fold_result({"lr": 2.0}, 1).save(path)
     assert FoldResult.load(path).values == {"lr": 1.0}

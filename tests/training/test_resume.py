@@ -304,12 +304,14 @@ def test_runs_go_on_from_the_checkpoint_before_exactly(
 def test_killed_before_the_first_checkpoint_starts_at_the_beginning(tiny, tmp_path, whole, capsys):
     (tmp_path / "run").mkdir()
     tiny(output="run", **BUSY).save(tmp_path / "run" / "recipe.yaml")
-    (tmp_path / "run" / "last.tmp-1").mkdir()
-    (tmp_path / "run" / "results.json.tmp-1").touch()
+    (tmp_path / "run" / ".txf-0123abcd-last").mkdir()
+    (tmp_path / "run" / ".txf-0123abcd-results.json").touch()
+    (tmp_path / "run" / "notes.tmp-1").touch()  # the user's own
     resume(tmp_path / "run")
     assert "There is no checkpoint yet" in capsys.readouterr().err
     assert_same_run(whole, tmp_path / "run")
-    assert not list((tmp_path / "run").glob("*tmp*"))
+    assert not list((tmp_path / "run").glob(".txf-*"))
+    assert (tmp_path / "run" / "notes.tmp-1").exists()
 
 
 def test_two_damaged_checkpoints_are_both_named(tiny, stop_at, tmp_path):

@@ -9,6 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from timm_xformers.cli import main
 from timm_xformers.records.results_csv import EpochRow, read_history
+from timm_xformers.training import session as session_module
 from timm_xformers.training import train as train_module
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.trackers import Trackers, tracker_names
@@ -87,7 +88,7 @@ ROW = EpochRow(1, 1e-3, 2.0, 10.0, None, None, None, 0.5, 100, 0.01)
 
 def test_tensorboard_shows_every_epoch_and_the_record_of_a_resumed_run(tiny, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "geheim-0815")
-    original = train_module.evaluate_model
+    original = session_module.evaluate_model
     calls = iter(range(1, 100))
 
     def stop(*args):
@@ -95,7 +96,7 @@ def test_tensorboard_shows_every_epoch_and_the_record_of_a_resumed_run(tiny, mon
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(train_module, "evaluate_model", stop)
+    monkeypatch.setattr(session_module, "evaluate_model", stop)
     with pytest.raises(KeyboardInterrupt):
         train(tiny(output="run", epochs=3, trackers=None))
     folder, record = resume(Path("run"))

@@ -20,7 +20,7 @@ from timm_xformers.predicting.evaluate import evaluate
 from timm_xformers.recipe import Recipe, load_recipe
 from timm_xformers.records.results_csv import read_history
 from timm_xformers.records.results_json import Record
-from timm_xformers.training import train as train_module
+from timm_xformers.training import session as session_module
 from timm_xformers.training.checkpoint import write_folder
 from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochSums, _LossWatch
@@ -46,14 +46,14 @@ def interrupt(monkeypatch):
 
     def at(epoch, error=KeyboardInterrupt):
         calls = iter(range(1, 1000))
-        original = train_module.evaluate_model
+        original = session_module.evaluate_model
 
         def stop(*args):
             if next(calls) == epoch:
                 raise error
             return original(*args)
 
-        monkeypatch.setattr(train_module, "evaluate_model", stop)
+        monkeypatch.setattr(session_module, "evaluate_model", stop)
 
     return at
 

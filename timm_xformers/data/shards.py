@@ -10,11 +10,11 @@ Beside the shards there may be timm's ``_info.json``, whose splits name their fi
 split is all tars with its name between hyphens, as in ``imagenet1k-train-0000.tar``.
 """
 
+import contextlib
 import io
 import json
 import re
 import tarfile
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_xformers.errors import UserError
+from timm_xformers.files.atomic import write_file
 
 __all__ = ["IMAGE_KINDS", "INFO_NAMES", "Shards", "find_shards", "open_shards"]
 
@@ -234,10 +235,6 @@ def _load_index(place: Path, state: str) -> NDArray[np.int64] | None:
 
 
 def _save_index(place: Path, state: str, index: NDArray[np.int64]) -> None:
-    # A process of the same number may be writing on another machine.
-    fresh = place.with_name(f"{place.stem}.tmp-{uuid.uuid4().hex}.npz")
-    try:
+    # A folder that cannot be written to is indexed anew each time.
+    with contextlib.suppress(OSError), write_file(place) as fresh:
         np.savez(fresh, state=np.array(state), index=index)
-        fresh.replace(place)  # other processes read the one of before or this one
-    except OSError:
-        fresh.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +22,32 @@ __all__ = [
     "recover",
     "sha256_of",
     "sweep",
+    "write_file",
     "write_folder",
     "write_text",
 ]
 
 MANIFEST_FILE = "manifest.json"
+# Names that nobody else gives: what a killed process leaves behind is removed by them.
+MARK = ".txf-"
+UNFINISHED = re.compile(re.escape(MARK) + r"[0-9a-f]{8}-")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file: a reader sees the text of before or this one, never half of it."""
-    fresh = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+def _hidden(path: Path) -> Path:
+    """A new name beside a path, with the path's suffix, which some writers go by."""
+    # No process number: another machine may be writing to the same folder.
+    return path.with_name(f"{MARK}{secrets.token_hex(4)}-{path.name}")
+
+
+@contextlib.contextmanager
+def write_file(path: Path) -> Iterator[Path]:
+    """Replace a file: fill the temporary one that is yielded; it then takes the name.
+
+    A reader sees the file of before or the new one, never half of it.
+    """
+    fresh = _hidden(path)
     try:
-        fresh.write_text(text, encoding="utf-8", newline="")
+        yield fresh
         _sync(fresh)
         fresh.replace(path)
     except OSError as error:
@@ -39,6 +55,12 @@ def write_text(path: Path, text: str) -> None:
         raise
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by a text, as `write_file` does."""
+    with write_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8", newline="")
 
 
 def previous_of(path: Path) -> Path:
@@ -53,20 +75,22 @@ def write_folder(path: Path, *, keep_previous: bool = False) -> Iterator[Path]:
     A crash at any point leaves the folder, or the one before it as `previous_of`, or both.
 
     Args:
-        path: The folder.
+        path: The folder. The one that holds it must exist.
         keep_previous: Leave the one before it where it is then.
 
     Raises:
         UserError: The files cannot be written; what was there before is untouched.
     """
-    fresh = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    trash = path.with_name(f"{path.name}.trash-{os.getpid()}")
-    previous = previous_of(path)
+    from safetensors import SafetensorError  # a recipe is written without it
+
+    fresh, trash, previous = _hidden(path), _hidden(path), previous_of(path)
     try:
-        fresh.mkdir(parents=True)
+        fresh.mkdir()
         yield fresh
         _write_manifest(fresh)
+        mode = (fresh / MANIFEST_FILE).stat().st_mode  # safetensors' files are their owner's alone
         for file in fresh.iterdir():
+            file.chmod(mode)
             _sync(file)
         _sync(fresh)
         if path.exists():
@@ -77,7 +101,12 @@ def write_folder(path: Path, *, keep_previous: bool = False) -> Iterator[Path]:
         _sync(path.parent)
         if not keep_previous:
             shutil.rmtree(previous, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as these
+    # A full disk is an OSError, to torch a RuntimeError, to safetensors an error of its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not path.parent.is_dir():
+            raise UserError(
+                f"Cannot write {path}: the folder {path.parent} was removed; start again."
+            ) from error
         raise UserError(
             f"Cannot write {path}: {' '.join(str(error).split())}; free space or rights, or choose "
             "another --output. The folders of earlier epochs are as they were."
@@ -89,12 +118,13 @@ def write_folder(path: Path, *, keep_previous: bool = False) -> Iterator[Path]:
 
 def sweep(root: Path) -> None:
     """Remove what killed processes left half written or half removed."""
-    for pattern in ("*.tmp-*", "*.trash-*"):
-        for path in root.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    for path in root.iterdir():
+        if not UNFINISHED.match(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def recover(path: Path) -> str | None:

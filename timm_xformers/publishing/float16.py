@@ -23,6 +23,7 @@ def convert(run: FinishedRun, folder: Path, data_dir: str | None = None) -> Reco
     """
     if folder.exists():
         raise UsageError(f"{folder} exists; choose another --output.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with write_folder(folder) as fresh:
         write_half(run, fresh)
         record = evaluate_half(run, fresh, run.record.model, data_dir)

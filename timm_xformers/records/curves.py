@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from timm_xformers.files.atomic import write_file
 from timm_xformers.records.results_csv import EpochRow
 from timm_xformers.records.results_json import Record
 
@@ -69,4 +70,5 @@ def plot_curves(path: Path, rows: list[EpochRow], record: Record) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with write_file(path) as fresh:
+        figure.savefig(fresh, dpi=120)

@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 
 from timm_xformers.errors import UserError
-from timm_xformers.layers.slices import keep_batches_whole
 from timm_xformers.training.sharding import make_plugin
 
 __all__ = ["emulates_bf16", "emulation_note", "make_accelerator"]
@@ -46,7 +45,6 @@ def _keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in MALLOC_OPTIONS.items():
             libc.mallopt(option, value)
-        keep_batches_whole()
 
 
 def emulates_bf16(device: torch.device) -> bool:

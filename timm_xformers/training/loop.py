@@ -114,9 +114,9 @@ class Trainer:
         self,
         data: Batches,
         epoch: int,
-        on_progress: Callable[[int, float, float, float], None],
-        on_update: Callable[[Callable[[], EpochSums]], None],
-        sums: EpochSums,
+        on_progress: Callable[[int, float, float, float], None] | None = None,
+        on_update: Callable[[Callable[[], EpochSums]], None] | None = None,
+        sums: EpochSums | None = None,
     ) -> EpochStats:
         """Train on the batches of one epoch that are left.
 
@@ -130,9 +130,9 @@ class Trainer:
             sums: Of the batches that are done.
 
         Raises:
-            DivergedError: The loss is no longer a number.
+            DivergedError: The loss is NaN or infinite.
         """
-        accelerator = self.accelerator
+        accelerator, sums = self.accelerator, sums or EpochSums()
         rank, world_size = accelerator.process_index, accelerator.num_processes
         order = train_batches(
             len(data),
@@ -167,12 +167,12 @@ class Trainer:
                 self.step_schedule(epoch, number + 1, len(order))
             watch.add(loss, logits, targets)
             now = time.perf_counter()
-            if now - reported > REPORT_SECONDS:
+            if on_progress and now - reported > REPORT_SECONDS:
                 reported = now
                 mean_loss, top1_percent = watch.read()
                 speed = sums.images * world_size / (now - start)
                 on_progress(number + 1, mean_loss, top1_percent, speed)
-            if (number + 1) % self.grad_accum_steps == 0 and number + 1 < len(order):
+            if on_update and (number + 1) % self.grad_accum_steps == 0 and number + 1 < len(order):
                 on_update(sums_so_far)
         own = dataclasses.astuple(sums_so_far())
         loss, right, passes, images_seen = add_up(
@@ -264,7 +264,7 @@ class _LossWatch:
         self.sums.images += len(labels)
 
     def read(self) -> tuple[float, float]:
-        """Mean loss and accuracy in percent so far; names the batch whose loss is no number."""
+        """Mean loss and accuracy in percent so far; fails at the first NaN or infinite loss."""
         sums = self.sums
         if self.pending:
             rows = torch.stack(self.pending).cpu().tolist()  # (passes, 2)

@@ -1,7 +1,8 @@
-"""What a run works with: data, devices, the model, and what updates it."""
+"""What a run works with: data, devices, the model, what updates it; and one epoch of it."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from timm_xformers.data.data import Batches, Data, make_batches, open_data
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.data.rawsplit import RawSplit
 from timm_xformers.data.sampling import derive_seed, num_train_batches, seed_everything
-from timm_xformers.errors import UsageError
+from timm_xformers.errors import DivergedError, UsageError
 from timm_xformers.recipe import Recipe
 from timm_xformers.training.build import build_model, check_input
 from timm_xformers.training.compiling import compile_model
 from timm_xformers.training.devices import make_accelerator
-from timm_xformers.training.loop import Trainer
+from timm_xformers.training.loop import EpochStats, EpochSums, Trainer
+from timm_xformers.training.metrics import Metrics, evaluate_model
 from timm_xformers.training.optim import (
     make_criterion,
     make_ema,
@@ -57,6 +59,7 @@ class Session:
     preprocessing: Preprocessing
     model_args: dict[str, Any]
     trainer: Trainer
+    _opened: dict[str, Batches | None] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def num_params(self) -> int:
@@ -89,6 +92,7 @@ class Session:
         self.preprocessing = dataclasses.replace(self.preprocessing, img_size=side)
         if "img_size" in self.model_args:
             self.model_args["img_size"] = side
+        self._opened.clear()
         self._resize(side)
         self.trainer.step_schedule(max(epoch, 1), 0, self.steps_in(epoch))
         return True
@@ -107,6 +111,51 @@ class Session:
         trainer.scheduler = make_scheduler(renewed, self.recipe, trainer.updates_per_epoch)
         accelerator.free_memory()
         trainer.wrapped, trainer.optimizer = _prepare(accelerator, model, renewed, self.recipe)
+
+    def opened(self, name: str) -> Batches | None:
+        """Batches of ``train`` (augmented), ``val`` or ``test`` at the present size, made once."""
+        if name not in self._opened:
+            split = getattr(self.data, name)
+            training = name == "train"
+            self._opened[name] = None if split is None else self.batches(split, training=training)
+        return self._opened[name]
+
+    def run_epoch(
+        self,
+        epoch: int,
+        *,
+        validate: bool = True,
+        on_progress: Callable[[int, float, float, float], None] | None = None,
+        on_update: Callable[[Callable[[], EpochSums]], None] | None = None,
+        sums: EpochSums | None = None,
+    ) -> tuple[EpochStats, Metrics | None]:
+        """Train what is left of an epoch, at its stage, and measure on the validation images.
+
+        Args:
+            epoch: Counted from 1.
+            validate: Measure, if there are validation images.
+            on_progress: As in `Trainer.train_epoch`, likewise below.
+            on_update: Called between updates.
+            sums: Of the batches that are done.
+
+        Raises:
+            DivergedError: The training or the validation loss is NaN or infinite.
+        """
+        self.enter(epoch)
+        train, val = self.opened("train"), self.opened("val")
+        assert train is not None
+        stats = self.trainer.train_epoch(train, epoch, on_progress, on_update, sums)
+        if val is None or not validate:
+            return stats, None
+        metrics = evaluate_model(
+            self.trainer.best_weights, val, self.recipe.batch_size, self.accelerator
+        )
+        if not math.isfinite(metrics.loss):
+            raise DivergedError(
+                f"The validation loss became {metrics.loss} after epoch {epoch}; lower lr or set "
+                "clip_grad=1. The best weights so far are kept."
+            )
+        return stats, metrics
 
     def batches(self, split: RawSplit, *, training: bool = False) -> Batches:
         """Decode a split, or prepare to, for training (augmented) or evaluation."""

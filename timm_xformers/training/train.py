@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from timm_xformers.data.data import Batches
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import previous_of, recover, sweep
@@ -113,10 +112,6 @@ class _Run:
         folder: What it writes to.
         progression: Where ``last/`` stands.
         rows: One for each finished epoch.
-        train_data: Augmented training images.
-        val_data: Validation images, if there are any.
-        test_data: Test images, if there are any: decoded now, so that one that cannot be read stops
-            the run before it begins, and measured once, at the end.
         saved_at: When ``last/`` was written.
     """
 
@@ -124,19 +119,12 @@ class _Run:
     folder: RunFolder
     progression: Progression
     rows: list[EpochRow]
-    train_data: Batches = dataclasses.field(init=False)
-    val_data: Batches | None = dataclasses.field(init=False)
-    test_data: Batches | None = dataclasses.field(init=False)
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._open_batches()
-
-    def _open_batches(self) -> None:
-        session, val, test = self.session, self.session.data.val, self.session.data.test
-        self.train_data = session.batches(session.data.train, training=True)
-        self.val_data = None if val is None else session.batches(val)
-        self.test_data = None if test is None else session.batches(test)
+        # Now, so that an image that cannot be decoded stops the run before it begins.
+        for name in ("train", "val", "test"):
+            self.session.opened(name)
 
     def execute(self, notes: Sequence[str] = ()) -> Record:
         """Train what is left, then measure the best weights.
@@ -207,32 +195,17 @@ class _Run:
     ) -> tuple[Progression, EpochRow]:
         session, trainer = self.session, self.session.trainer
         if session.enter(epoch):
-            self._open_batches()
             # Only weights of the last size are of use.
             self.progression = dataclasses.replace(self.progression, **NO_BEST)
         before = session.steps_through(epoch - 1)
         label = f"epoch {epoch}/{session.recipe.epochs}"
         rank, sums = session.accelerator.process_index, self.progression.sums
-        stats = trainer.train_epoch(
-            self.train_data,
+        stats, metrics = session.run_epoch(
             epoch,
-            lambda done, *figures: progress.at(before + done, label, *figures),
-            lambda so_far: self._between_updates(so_far, request),
-            dataclasses.replace(sums[rank]) if sums else EpochSums(),
+            on_progress=lambda done, *figures: progress.at(before + done, label, *figures),
+            on_update=lambda so_far: self._between_updates(so_far, request),
+            sums=dataclasses.replace(sums[rank]) if sums else None,
         )
-        metrics = None
-        if self.val_data is not None:
-            metrics = evaluate_model(
-                trainer.best_weights,
-                self.val_data,
-                session.recipe.batch_size,
-                session.accelerator,
-            )
-            if not math.isfinite(metrics.loss):
-                raise UserError(
-                    f"The validation loss became {metrics.loss} after epoch {epoch}; lower lr or "
-                    "set clip_grad=1. The best weights so far are kept."
-                )
         reached = dataclasses.replace(
             self.progression, epoch=epoch, sums=(), updates=trainer.updates
         )
@@ -306,8 +279,8 @@ class _Run:
         place(accelerator, model)
         measured: dict[str, Any] = {}
         described: tuple[Metrics, str] | None = None  # the test set comes last, and goes first
-        for name, batches in (("val", self.val_data), ("test", self.test_data)):
-            if batches is not None:
+        for name in ("val", "test"):
+            if (batches := session.opened(name)) is not None:
                 metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
                 measured |= split_fields(name, metrics)
                 described = (metrics, name)

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,9 +22,8 @@ from timm_xformers.data.data import Data, open_data, refuse_unread
 from timm_xformers.data.rawsplit import PilImages, RawSplit
 from timm_xformers.data.sampling import stratified_split
 from timm_xformers.errors import DivergedError, UserError
+from timm_xformers.files.atomic import write_text
 from timm_xformers.recipe import Recipe, override
-from timm_xformers.training.loop import EpochSums
-from timm_xformers.training.metrics import evaluate_model
 from timm_xformers.training.session import Session, open_session
 
 __all__ = ["FoldResult", "Folds", "configuration_key", "open_fold", "open_folds", "run_fold"]
@@ -41,8 +39,8 @@ class FoldResult:
     Attributes:
         values: The configuration, by recipe key.
         fold: Counted from 1.
-        state: ``complete``; ``pruned`` before the last epoch; ``diverged``, the loss being no
-            number; ``failed``, the model or its training could not be built.
+        state: ``complete``; ``pruned`` before the last epoch; ``diverged``, the loss being NaN
+            or infinite; ``failed``, the model or its training could not be built.
         reason: Why it failed or diverged.
         epochs: Epochs trained.
         val_top1_percent: Accuracy on the fold after the last epoch, or after each one.
@@ -67,12 +65,7 @@ class FoldResult:
 
     def save(self, path: Path) -> None:
         """Write as JSON; after a crash the file is there whole or not at all."""
-        fresh = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2))
 
     @classmethod
     def load(cls, path: Path) -> "FoldResult":
@@ -219,29 +212,17 @@ def run_fold(
     except UserError as error:
         return result("failed", error)
     params = session.num_params
-    trainer, epochs = session.trainer, session.recipe.epochs
-    train_data = session.batches(train, training=True)
-    val_data = session.batches(val)
+    epochs = session.recipe.epochs
     try:
         for epoch in range(1, epochs + 1):
-            if session.enter(epoch):
-                train_data = session.batches(train, training=True)
-                val_data = session.batches(val)
-            trainer.train_epoch(
-                train_data,
+            _, metrics = session.run_epoch(
                 epoch,
-                lambda *_: _stay_with_parent(),
-                lambda _: None,
-                EpochSums(),
+                validate=go_on is not None or epoch == epochs,
+                on_progress=lambda *_: _stay_with_parent(),
             )
             trained = epoch
-            if go_on is None and epoch < epochs:
+            if metrics is None:
                 continue
-            metrics = evaluate_model(
-                trainer.best_weights, val_data, session.recipe.batch_size, session.accelerator
-            )
-            if not np.isfinite(metrics.loss):
-                raise DivergedError(f"The validation loss became {metrics.loss} after {epoch}.")
             top1.append(metrics.top1_percent)
             losses.append(metrics.loss)
             if go_on is not None and not go_on(epoch, metrics.top1_percent) and epoch < epochs:

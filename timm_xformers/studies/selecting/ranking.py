@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_xformers.files.atomic import write_file, write_text
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_json import Record
 from timm_xformers.studies.selecting.folds import FoldResult
@@ -113,8 +114,7 @@ def best_of(summaries: Sequence[Summary]) -> Summary | None:
 
 def write_csv(path: Path, summaries: Sequence[Summary], keys: Sequence[str]) -> None:
     """One row for every configuration and fold that was begun."""
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w", newline="", encoding="utf-8") as file:
+    with write_file(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         head = "state,epochs,val_top1_percent,val_loss,val_images,train_images,params,seconds"
         writer.writerow(["configuration", *keys, "fold", *head.split(",")])
@@ -139,7 +139,6 @@ def write_csv(path: Path, summaries: Sequence[Summary], keys: Sequence[str]) -> 
                         result.seconds,
                     ]
                 )
-    fresh.replace(path)
 
 
 def write_markdown(
@@ -184,9 +183,7 @@ def write_markdown(
             f"**{record.test_top1_percent:.2f} %** of {record.test_images:,} test images "
             f"(95 %: {low} to {high}); `final/`.",
         ]
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def plot_selection(path: Path, recipe: Recipe, summaries: Sequence[Summary], best: Summary) -> None:
@@ -231,9 +228,8 @@ def plot_selection(path: Path, recipe: Recipe, summaries: Sequence[Summary], bes
     axes.set_title(f"{recipe.model} on {recipe.data}{note}")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3)
-    fresh = path.with_suffix(".tmp")
-    figure.savefig(fresh, dpi=120, format="png")
-    fresh.replace(path)
+    with write_file(path) as fresh:
+        figure.savefig(fresh, dpi=120)
 
 
 def _in_order(summaries: Sequence[Summary]) -> list[Summary]:

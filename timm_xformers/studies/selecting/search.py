@@ -18,6 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from timm_xformers.errors import UsageError, UserError
+from timm_xformers.files.atomic import write_text
 from timm_xformers.recipe import Recipe
 from timm_xformers.studies.selecting.folds import FoldResult, Folds, configuration_key, run_fold
 from timm_xformers.studies.selecting.space import Space
@@ -102,9 +103,7 @@ class Search:
                 (self.root / "folds").mkdir(exist_ok=True)
                 with self.claim("folder", wait=True):
                     if not self.definition.is_file():  # others may start at the same moment
-                        fresh = self.definition.with_suffix(".tmp")
-                        fresh.write_text(text, encoding="utf-8")
-                        fresh.replace(self.definition)
+                        write_text(self.definition, text)
         except OSError as error:
             raise UserError(
                 f"Cannot create the folder {error.filename}: {error.strerror}; choose another "

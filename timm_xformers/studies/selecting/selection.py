@@ -80,9 +80,7 @@ def select(
                 + (f", and the first said: {reasons[0]}" if reasons else ".")
             )
         chosen = dataclasses.replace(override(recipe, best.values), val_fraction=0.0, output=None)
-        fresh = search.best.with_suffix(".tmp")
-        chosen.save(fresh)
-        fresh.replace(search.best)
+        chosen.save(search.best)
         plot_selection(search.plot, recipe, summaries, best)
         write_markdown(search.markdown, recipe, summaries, best, None)
         if final:
