@@ -13,7 +13,7 @@ zero at any scale.
 import torch
 from torch import Tensor
 
-from timm_xformers.layers.heads import key_bias, key_padding
+from timm_xformers.layers.masks import key_bias, key_padding
 
 __all__ = ["FEATURE_EPS", "exponential_mix", "mix_features", "positive_mix"]
 

@@ -18,7 +18,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_xformers.layers.heads import HeadsAttention, attend, key_padding, refuse_causal
+from timm_xformers.layers.heads import HeadsAttention, attend
+from timm_xformers.layers.masks import key_padding, refuse_causal
 
 __all__ = ["LinformerAttention", "linformer_attention", "resample_projection"]
 

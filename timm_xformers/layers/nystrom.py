@@ -23,10 +23,9 @@ from timm_xformers.layers.heads import (
     HeadsAttention,
     attend,
     autocasts,
-    key_padding,
-    refuse_causal,
     working_dtype,
 )
+from timm_xformers.layers.masks import key_padding, refuse_causal
 
 __all__ = [
     "HeadConv",

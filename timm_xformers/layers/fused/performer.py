@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from timm_xformers.layers.fused.choice import padded
-from timm_xformers.layers.heads import key_bias, key_padding
+from timm_xformers.layers.masks import key_bias, key_padding
 
 __all__ = ["fused_performer_attention"]
 
