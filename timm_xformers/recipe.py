@@ -41,7 +41,7 @@ NO_INFLUENCE = (
 )
 
 # Fields that came after the first published hashes: at these values they are left out of a hash.
-CAME_LATER = {"patch_drop_rate": 0.0}
+CAME_LATER = {"patch_drop_rate": 0.0, "labels": None}
 
 # Those of accelerate whose packages are called like the tracker.
 TRACKERS = ("tensorboard", "wandb", "mlflow", "aim", "comet_ml", "clearml", "dvclive")
@@ -81,6 +81,9 @@ class Recipe:
     data: str = "digits"
     # Where the data set lies; digits needs none.
     data_dir: str | None = None
+    # Where the labels stand, if not in the names of folders: a CSV file of image and class for a
+    # folder of images, or a column of a Hub data set. null: class folders, or the usual column.
+    labels: str | None = None
     # Names of the splits; null looks for the usual ones.
     train_split: str | None = None
     val_split: str | None = None
@@ -218,6 +221,8 @@ class Recipe:
                 values[name] = float(values[name])  # 1 and 1.0 are one setting
         for name in NO_INFLUENCE:
             del values[name]
+        if self.labels is not None:
+            values["labels"] = Path(self.labels).name  # wherever the file lies
         for name, off in CAME_LATER.items():
             if values[name] == off:
                 del values[name]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import Compose, RandomErasing
 
 from timm_xformers.data.augment import Augmentation
+from timm_xformers.data.known_sets import KNOWN_SETS, KnownSet
 from timm_xformers.data.loader import LoaderBatches, usable_cores
 from timm_xformers.data.memory import MemoryBatches, decode
 from timm_xformers.data.preprocessing import Preprocessing
@@ -19,7 +20,7 @@ from timm_xformers.data.rand_augment import check_policy
 from timm_xformers.data.rawsplit import RawSplit
 from timm_xformers.data.readable import drop_unreadable, glance, refuse_unreadable
 from timm_xformers.data.sampling import stratified_split
-from timm_xformers.data.sources import KNOWN_SETS, KnownSet, open_source
+from timm_xformers.data.sources import open_source
 from timm_xformers.data.subset import limit_images, select_classes
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import Recipe

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from timm_xformers.data.pixels import as_mode, decode_picture
 from timm_xformers.errors import UserError
 
 __all__ = ["PilImages", "RawSplit", "class_index", "class_names", "raw_split"]
@@ -43,12 +44,11 @@ class RawSplit:
         """
         row = int(self.rows[position])
         if not self.encoded:
-            image: Image.Image = self.dataset[row][0]
-            return image if image.mode == self.mode else image.convert(self.mode)
+            return as_mode(self.dataset[row][0], self.mode)
         # timm's data set would put the next image in the place of one it cannot read.
         try:
-            with self.dataset.reader[row][0] as file, Image.open(file) as image:
-                return image.convert(self.mode)
+            with self.dataset.reader[row][0] as file:
+                return decode_picture(file, self.mode)
         except Exception as error:  # damaged bytes make decoders raise nearly anything
             raise UserError(
                 f"Cannot read image {self.name(position)}: {_reason(error)}; repair or remove it, "

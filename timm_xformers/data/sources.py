@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset, get_img_extensions
 
+from timm_xformers.data.known_sets import KNOWN_SETS, KnownSet
 from timm_xformers.data.rawsplit import (
     PilImages,
     RawSplit,
@@ -29,44 +30,11 @@ from timm_xformers.data.shards import find_shards, open_shards
 from timm_xformers.errors import UsageError, UserError, nearest, require_extra
 from timm_xformers.recipe import Recipe
 
-__all__ = ["KNOWN_SETS", "KnownSet", "Source", "open_source"]
+__all__ = ["Source", "open_source"]
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("validation", "val", "valid", "eval", "evaluation")
 TEST_NAMES = ("test", "testing")
-
-
-@dataclass(frozen=True)
-class KnownSet:
-    """Facts of a data set that has a short name.
-
-    Attributes:
-        layout: Folder that torchvision looks for; None if it does not read this set.
-        in_chans: Colour channels.
-        img_size: Side in pixels.
-        mean: Per channel over the training images in [0, 1].
-        std: Per channel over the training images in [0, 1].
-    """
-
-    layout: str | None
-    in_chans: int
-    img_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-KNOWN_SETS = {
-    "digits": KnownSet(None, 1, 8, (0.3047,), (0.3761,)),
-    "mnist": KnownSet("MNIST/raw", 1, 28, (0.1307,), (0.3081,)),
-    "fashion_mnist": KnownSet("FashionMNIST/raw", 1, 28, (0.2860,), (0.3530,)),
-    "cifar10": KnownSet(
-        "cifar-10-batches-py", 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    ),
-    "cifar100": KnownSet(
-        "cifar-100-python", 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    ),
-    "tiny_imagenet": KnownSet(None, 3, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
-}
 
 
 @dataclass(frozen=True)

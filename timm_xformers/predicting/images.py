@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 from timm.data import get_img_extensions
 
+from timm_xformers.data.pixels import decode_picture
 from timm_xformers.errors import UserError
 
 __all__ = ["find_images", "open_image"]
@@ -58,8 +59,9 @@ def open_image(name: str, mode: str) -> Image.Image:
     """
     source = _download(name) if name.startswith(SCHEMES) else name
     try:
-        with Image.open(source) as image:
-            return image.convert(mode)
+        if isinstance(source, str):
+            source = io.BytesIO(Path(source).read_bytes())
+        return decode_picture(source, mode)
     except Exception as error:  # damaged bytes make decoders raise nearly anything
         reason = "is no image" if "cannot identify" in str(error) else " ".join(str(error).split())
         raise UserError(reason or type(error).__name__) from error

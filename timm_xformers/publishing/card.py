@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from timm_xformers.publishing.data_terms import describe
+from timm_xformers.data.known_sets import describe
 from timm_xformers.publishing.finished_run import public_settings
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_json import Record
