@@ -44,7 +44,7 @@ def as_mode(image: Image.Image, mode: str) -> Image.Image:
         return _scaled(image).convert(mode)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")
-        if layered.getextrema()[3] != (255, 255):
+        if layered.getchannel("A").getextrema() != (255, 255):
             page = Image.new("RGBA", layered.size, "white")
             return Image.alpha_composite(page, layered).convert("RGB").convert(mode)
     if image.mode == "HSV":
@@ -53,6 +53,7 @@ def as_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # else a damaged PNG fails below, once and unnoticed
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
