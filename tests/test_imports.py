@@ -40,8 +40,8 @@ ARROWS = {
     "publishing": (BELOW_TRAINING | {"planning", "predicting", "training"}, None),
     # Commands import what they need when they run: --help loads neither torch nor an extra.
     "commands": (
-        {"benchmarking", "data", "errors", "planning", "predicting", "publishing", "recipe"}
-        | {"studies", "training"},
+        {"benchmarking", "data", "errors", "files", "planning", "predicting", "publishing"}
+        | {"recipe", "studies", "training"},
         {"torch", "timm"},
     ),
     "cli": ({"commands", "errors", "training"}, {"torch", "timm"}),

@@ -12,9 +12,9 @@ import timm
 
 from timm_xformers import cli
 from timm_xformers.benchmarking.settings import BASELINE
-from timm_xformers.benchmarking.summary import summary
 from timm_xformers.recipe import shipped_recipes
 from timm_xformers.weights import read_manifest
+from tools.benchmark_summary import summary
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

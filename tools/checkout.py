@@ -57,7 +57,7 @@ class Checkout:
         """The card of a tag."""
         return self.cards / f"{name}.md"
 
-    def half_record(self, name: str) -> Path:
+    def float16_record(self, name: str) -> Path:
         """The test of a tag's float16 weights."""
         return self.results / "weights" / f"{name}.json"
 
@@ -65,9 +65,9 @@ class Checkout:
         """The settings behind a recipe hash, as they were then."""
         return self.results / "recipes" / f"{recipe_hash}.yaml"
 
-    def load_half_record(self, name: str) -> Record:
-        """Read what `half_record` names."""
-        return read_record(json.loads(self.half_record(name).read_text(encoding="utf-8")))
+    def load_float16_record(self, name: str) -> Record:
+        """Read what `float16_record` names."""
+        return read_record(json.loads(self.float16_record(name).read_text(encoding="utf-8")))
 
     def load_recipe(self, recipe_hash: str) -> Recipe:
         """Read what `stored_recipe` names."""

@@ -104,7 +104,7 @@ def _card(entry: Weights, records: list[Record], checkout: Checkout) -> Card:
         load=entry.name,
         attention=build_empty(entry.model).attn_layer,
         trained=trained[-1],
-        tested=checkout.load_half_record(entry.name),
+        tested=checkout.load_float16_record(entry.name),
         recipe=checkout.load_recipe(entry.recipe_hash),
         reproduce=f"timm-xformers train --recipe {recipe.as_posix()}{where} --seed {entry.seed}",
         source=source_sentence(checkout.load_notes(), entry.model, entry.tag),

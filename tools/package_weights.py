@@ -16,7 +16,7 @@ from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import sha256_of, write_text
 from timm_xformers.publishing.card import LICENSE
 from timm_xformers.publishing.finished_run import FinishedRun, public_settings
-from timm_xformers.publishing.float16 import evaluate_half, write_half
+from timm_xformers.publishing.float16 import evaluate_float16, write_float16
 from timm_xformers.records.results_json import Record
 from timm_xformers.training.build import build_model
 from timm_xformers.weights import (
@@ -59,18 +59,18 @@ def add_to_package(
     manifest = read_manifest(checkout.weights)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        file = write_half(run, folder)
+        file = write_float16(run, folder)
         digest = sha256_of(file)
         if name in manifest and manifest[name].sha256 == digest:
             write_generated(checkout)  # a run that was cut short may have left it undone
-            return manifest[name], checkout.load_half_record(name)
+            return manifest[name], checkout.load_float16_record(name)
         _refuse_change(name, manifest, checkout, replace)
         if file.stat().st_size > MAX_BYTES:
             raise UserError(
                 f"{name} takes {file.stat().st_size / 2**20:.1f} MiB as float16, and the package "
                 f"takes up to {MAX_BYTES >> 20} a piece; publish it on the Hub instead."
             )
-        record = evaluate_half(run, folder, name, data_dir)
+        record = evaluate_float16(run, folder, name, data_dir)
         entry = _entry(name, run, record, folder, file, digest)
         shutil.copyfile(file, checkout.weights / entry.file)
     _write_records(run, record, name, checkout)
@@ -161,9 +161,9 @@ def _entry(
 
 
 def _write_records(run: FinishedRun, record: Record, name: str, checkout: Checkout) -> None:
-    half = checkout.half_record(name)
-    half.parent.mkdir(parents=True, exist_ok=True)
-    record.save(half)
+    tested = checkout.float16_record(name)
+    tested.parent.mkdir(parents=True, exist_ok=True)
+    record.save(tested)
     recipe = checkout.stored_recipe(str(run.record.recipe_hash))
     recipe.parent.mkdir(parents=True, exist_ok=True)
     write_text(recipe, yaml.safe_dump(public_settings(run.recipe), sort_keys=False))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm_xformers.errors import UserError
+from timm_xformers.files.tables import markdown_table
 from timm_xformers.recipe import load_recipe, shipped_recipes
 from timm_xformers.records.results_json import Record
 from timm_xformers.weights import read_manifest
@@ -45,7 +46,7 @@ def results_table(checkout: Checkout, *, readme: bool) -> str:
         (entry.model, entry.tag, entry.recipe_hash): name
         for name, entry in read_manifest(checkout.weights).items()
     }
-    rows = [HEADINGS, ("---",) * len(HEADINGS)]
+    rows: list[tuple[str, ...]] = []
     by_data = checkout.training_records()
     for data in sorted(by_data, key=lambda name: (*DATA_ORDER, name).index(name)):
         groups: dict[tuple[str, str], list[Record]] = {}
@@ -57,7 +58,7 @@ def results_table(checkout: Checkout, *, readme: bool) -> str:
                 continue
             folder = "model_cards" if readme else "../model_cards"
             rows.append(_row(data, runs, card, folder, notes, checkout))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return "\n".join(markdown_table(HEADINGS, rows, "l")) + "\n"
 
 
 def source_sentence(notes: dict[str, Any], model: str, data: str) -> str:
@@ -82,7 +83,7 @@ def _row(
         raise UserError(
             f"{checkout.notes} says nothing of what mixes in {first.model}; add a line there."
         )
-    loaded = [checkout.load_half_record(card)] if card and len(runs) == 1 else runs
+    loaded = [checkout.load_float16_record(card)] if card and len(runs) == 1 else runs
     tested = [run.test_top1_percent for run in loaded if run.test_top1_percent is not None]
     figure = f"{statistics.mean(tested):.2f}"
     if len(tested) > 1:

@@ -27,6 +27,7 @@ from timm.data import create_transform
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_xformers.errors import UserError
+from timm_xformers.files.tables import markdown_table
 from timm_xformers.planning.dryrun import measure_steps
 from timm_xformers.planning.scaling import (
     BYTES_PER_VALUE,
@@ -99,12 +100,16 @@ def check() -> tuple[list[Prediction], float, float]:
 
 def render_check(found: list[Prediction], giga_operations_s: float, decode_img_s: float) -> str:
     """Predictions as a table in Markdown, and the two rates."""
-    lines = ["| what | predicted | measured | error |", "| --- | ---: | ---: | ---: |"]
-    lines += [
-        f"| {p.what} | {p.predicted:.1f} {p.unit} | {p.measured:.1f} {p.unit} "
-        f"| {p.error_percent:+.0f} % |"
+    rows = [
+        [
+            p.what,
+            f"{p.predicted:.1f} {p.unit}",
+            f"{p.measured:.1f} {p.unit}",
+            f"{p.error_percent:+.0f} %",
+        ]
         for p in found
     ]
+    lines = markdown_table(["what", "predicted", "measured", "error"], rows, "lr")
     name, side = STEPS[0]
     lines += [
         "",

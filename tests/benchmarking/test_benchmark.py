@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from timm_xformers.benchmarking import child, plan
+from timm_xformers.benchmarking import cases, worker
 from timm_xformers.benchmarking.benchmark import MALLOC_NAMES, Benchmark, environ
 from timm_xformers.benchmarking.compare import (
     crossover,
@@ -33,15 +33,15 @@ from timm_xformers.benchmarking.settings import (
     Settings,
 )
 from timm_xformers.benchmarking.steps import make_step
-from timm_xformers.benchmarking.summary import summary
 from timm_xformers.benchmarking.tables import (
-    csv_text,
     lines_of,
     markdown,
     timm_csv_text,
 )
 from timm_xformers.benchmarking.timing import HostStopwatch, run_rounds, warm_up
 from timm_xformers.cli import main
+from timm_xformers.files.tables import csv_text
+from tools.benchmark_summary import summary
 
 LAYER = Point(
     kind="layer",
@@ -158,7 +158,7 @@ def test_crossover_and_growth():
 
 def test_plan_has_peers_after_ours_and_the_baseline_first(tmp_path):
     settings = Settings(output=tmp_path, contenders=("nystrom_l64", "fnet", "softmax"))
-    labels = [contender.label for contender in plan.contenders_of(settings)]
+    labels = [contender.label for contender in cases.contenders_of(settings)]
     assert labels == [
         "softmax",
         "nystrom_l64",
@@ -167,12 +167,12 @@ def test_plan_has_peers_after_ours_and_the_baseline_first(tmp_path):
         "fnet",
     ]
     both = dataclasses.replace(settings, modes=("eager", "compiled"), peers=False)
-    assert [c.label for c in plan.contenders_of(both)][:2] == ["softmax", "softmax, compiled"]
-    assert plan.baseline_of(both).mode == "eager"
-    assert plan.baseline_of(dataclasses.replace(both, modes=("compiled",))).mode == "compiled"
+    assert [c.label for c in cases.contenders_of(both)][:2] == ["softmax", "softmax, compiled"]
+    assert cases.baseline_of(both).mode == "eager"
+    assert cases.baseline_of(dataclasses.replace(both, modes=("compiled",))).mode == "compiled"
     names = ("performer_relu_m64", "performer_learned_m64", "nystrom_l64")
     kernels = dataclasses.replace(both, contenders=names, modes=("eager", "fused"))
-    assert [c.label for c in plan.contenders_of(kernels)] == [
+    assert [c.label for c in cases.contenders_of(kernels)] == [
         "softmax",
         "performer_relu_m64",
         "performer_relu_m64, fused",
@@ -180,44 +180,44 @@ def test_plan_has_peers_after_ours_and_the_baseline_first(tmp_path):
         "nystrom_l64",
     ]
     alone = dataclasses.replace(kernels, modes=("fused",))
-    assert plan.contenders_of(alone) == plan.contenders_of(kernels)
-    assert plan.baseline_of(alone) == plan.contenders_of(alone)[0]
+    assert cases.contenders_of(alone) == cases.contenders_of(kernels)
+    assert cases.baseline_of(alone) == cases.contenders_of(alone)[0]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_settings_whose_contenders_fit(preset, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(plan, "shared_memory", lambda *device: 1)
+    monkeypatch.setattr(cases, "shared_memory", lambda *device: 1)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in PRESETS[preset].items()}
-    settings = plan.check(Settings(output=tmp_path, **values))
-    assert plan.baseline_of(settings) in plan.contenders_of(settings)
-    assert plan.points_of(settings)
+    settings = cases.check(Settings(output=tmp_path, **values))
+    assert cases.baseline_of(settings) in cases.contenders_of(settings)
+    assert cases.points_of(settings)
 
 
 def test_plan_has_every_point_and_own_shapes(tmp_path):
     settings = Settings(
         output=tmp_path, tokens=(256, 64), threads=(1, 2), allocators=("default", "tuned"), dim=64
     )
-    points = plan.points_of(settings)
+    points = cases.points_of(settings)
     assert len(points) == 2 * 2 * 2 * 2
     assert [point.size for point in points[:2]] == [64, 256]
     assert {(p.shape, p.dim, p.num_heads, p.head_dim) for p in points} == {("64-4x32", 64, 4, 32)}
-    paper = plan.points_of(Settings(output=tmp_path, shape="B16"))[0]
+    paper = cases.points_of(Settings(output=tmp_path, shape="B16"))[0]
     assert (paper.dim, paper.num_heads, paper.head_dim) == (384, 6, 64)
 
 
 def test_baseline_of_models_is_the_exact_one(tmp_path):
     names = ("vix_performer_relu_m16", "vix_softmax", "vit_tiny_patch16_224")
     settings = Settings(output=tmp_path, models=names)
-    assert plan.baseline_of(settings).name == "vix_softmax"
+    assert cases.baseline_of(settings).name == "vix_softmax"
     # One more of ours for each package with a form of its attention.
     order = [names[1], names[0], names[0], names[0], names[2]]
-    assert [contender.name for contender in plan.contenders_of(settings)] == order
+    assert [contender.name for contender in cases.contenders_of(settings)] == order
     chosen = dataclasses.replace(settings, baseline=names[2])
-    assert plan.baseline_of(chosen).name == names[2]
+    assert cases.baseline_of(chosen).name == names[2]
 
 
-def test_environment_of_a_child(monkeypatch):
+def test_environment_of_a_worker(monkeypatch):
     monkeypatch.setenv("MALLOC_TOP_PAD_", "5")
     assert not any(key.startswith("MALLOC_") for key in environ("default", 1))
     tuned = environ("tuned", 3)
@@ -231,7 +231,7 @@ def test_environment_of_a_child(monkeypatch):
 def test_every_default_contender_is_measured(task, dtype):
     point = dataclasses.replace(LAYER, task=task, dtype=dtype)
     contenders = [Contender(name=name) for name in ("softmax", *CONTENDERS, "fnet")]
-    result = child.measure_time(point, contenders, PLAN, HostStopwatch(1))
+    result = worker.measure_time(point, contenders, PLAN, HostStopwatch(1))
     assert result["left_out"] == {}
     assert list(result["seconds"]) == [contender.label for contender in contenders]
     assert {len(v) for times in result["seconds"].values() for v in times.values()} == {1}
@@ -265,7 +265,7 @@ def test_steps_compute_what_they_say():
 
 def test_memory_grows_with_the_tokens():
     peaks = [
-        child.measure_memory(
+        worker.measure_memory(
             dataclasses.replace(LAYER, task="backward", batch_size=8, size=size),
             Contender(name="softmax_unfused"),
             0,
@@ -275,20 +275,20 @@ def test_memory_grows_with_the_tokens():
     assert peaks[0] + 10 < peaks[1] < 400
 
 
-@pytest.mark.skipif(not child.can_fork("cpu"), reason="no copies of processes here")
+@pytest.mark.skipif(not worker.can_fork("cpu"), reason="no copies of processes here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_memory_of_a_copy_of_the_process_and_its_death():
-    assert child._in_fork(lambda: {"peak_mib": 1.5}) == {"peak_mib": 1.5}
-    killed = child._in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert worker._in_fork(lambda: {"peak_mib": 1.5}) == {"peak_mib": 1.5}
+    killed = worker._in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert killed["left_out"].startswith("its process ended with code -9")
 
 
 def test_a_contender_that_fails_is_left_out_with_its_reason():
     unknown = Contender(name="performer_relu_m64", peer="flash-linear-attention")
-    result = child.measure_time(LAYER, [EXACT, unknown], PLAN, HostStopwatch(1))
+    result = worker.measure_time(LAYER, [EXACT, unknown], PLAN, HostStopwatch(1))
     assert list(result["seconds"]) == ["softmax"]
     assert result["left_out"][unknown.label]
-    assert child.measure_memory(LAYER, unknown, 0)["left_out"]
+    assert worker.measure_memory(LAYER, unknown, 0)["left_out"]
 
 
 def synthetic(task="forward", kind="layer"):
@@ -418,6 +418,19 @@ def test_tiny_case_from_the_command_line(tmp_path, capsys):
     assert len(result["rows"]) == 2 * 2 * 2  # contenders, passes, clocks
     assert main(command.split()) == 2
     assert "not empty" in capsys.readouterr().err
+
+    # As if it had been killed after the first point: the same command goes on, another does not.
+    path = tmp_path / "done" / "benchmark.json"
+    killed = result | {"complete": False, "rows": result["rows"][:4]}
+    path.write_text(json.dumps(killed))
+    assert main([*command.split(), "--rounds", "2"]) == 2
+    assert main(command.split()) == 0
+    assert "time 2/2: backward" in (said := capsys.readouterr().err)
+    assert "time 1/2" not in said
+    again = json.loads(path.read_text())
+    assert again["complete"]
+    assert again["rows"][:4] == result["rows"][:4]
+    assert len(again["rows"]) == 8
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from timm_xformers.planning.scaling import (
     Job,
     all_reduce_seconds,
     costs_of,
-    plan,
+    estimate,
     render,
 )
 from tools.scaling_check import Prediction, render_check
@@ -45,7 +45,7 @@ CLUSTER = Cluster(
 
 
 def test_one_gpu_equals_a_hand_count():
-    (row,) = plan(COSTS, JOB, CLUSTER, [1])
+    (row,) = estimate(COSTS, JOB, CLUSTER, [1])
     # 6 * 10e9 * 100 operations at 6e13 a second; validation takes a third for each image.
     assert row.compute_ms == pytest.approx(100)
     assert row.all_reduce_ms == 0
@@ -67,7 +67,7 @@ def test_all_reduce_equals_a_hand_count():
     assert all_reduce_seconds(gradients, 8, CLUSTER) == pytest.approx(1.75 * gradients / 10e9)
     slow = dataclasses.replace(CLUSTER, latency_us=50)
     assert all_reduce_seconds(0, 8, slow) == pytest.approx(400e-6)
-    one, eight = plan(COSTS, JOB, CLUSTER, [1, 8])
+    one, eight = estimate(COSTS, JOB, CLUSTER, [1, 8])
     assert eight.all_reduce_ms == pytest.approx(1.75 * gradients / 10e6)
     assert eight.compute_ms == one.compute_ms
     assert eight.gpu_img_s == pytest.approx(800e3 / (eight.compute_ms + eight.all_reduce_ms))
@@ -76,7 +76,7 @@ def test_all_reduce_equals_a_hand_count():
 
 def test_free_communication_scales_perfectly_and_costs_the_same():
     free = dataclasses.replace(CLUSTER, node_gb_s=1e12, network_gb_s=1e12)
-    rows = plan(COSTS, JOB, free, [1, 2, 4, 8, 16, 32, 64])
+    rows = estimate(COSTS, JOB, free, [1, 2, 4, 8, 16, 32, 64])
     for row in rows:
         assert row.img_s == pytest.approx(1000 * row.gpus)
         assert row.cost == pytest.approx(rows[0].cost, rel=1e-6)
@@ -85,27 +85,27 @@ def test_free_communication_scales_perfectly_and_costs_the_same():
 
 def test_the_slowest_sets_the_pace():
     few = dataclasses.replace(CLUSTER, cores_per_gpu=2)
-    one, four = plan(COSTS, JOB, few, [1, 4])
+    one, four = estimate(COSTS, JOB, few, [1, 4])
     assert [one.bound_by, four.bound_by] == ["decoding", "decoding"]
     assert [one.img_s, four.img_s] == [200, 800]
     assert one.gpu_img_s == pytest.approx(1000)  # what they could take stays as it was
     assert one.hours == pytest.approx(10 * (64_000 + 3000) / 200 / 3600)
     slow = dataclasses.replace(CLUSTER, storage_mb_s=50)
-    (row,) = plan(COSTS, JOB, slow, [4])
+    (row,) = estimate(COSTS, JOB, slow, [4])
     assert [row.bound_by, row.img_s, row.storage_mb_s] == ["storage", 500, 50]
 
 
 @pytest.mark.parametrize("field", [f.name for f in (*dataclasses.fields(Cluster),)])
 def test_every_figure_of_the_cluster_is_read(field):
     tight = dataclasses.replace(CLUSTER, latency_us=1, cores_per_gpu=5, storage_mb_s=60)
-    before = [dataclasses.asdict(row) for c in (CLUSTER, tight) for row in plan(COSTS, JOB, c)]
+    before = [dataclasses.asdict(row) for c in (CLUSTER, tight) for row in estimate(COSTS, JOB, c)]
     after = []
     for cluster in (CLUSTER, tight):
         value = getattr(cluster, field)
         changed = dataclasses.replace(cluster, **{field: value / 2 or 1000})
         if field == "gpus_per_node":
             changed = dataclasses.replace(cluster, gpus_per_node=2)
-        after += [dataclasses.asdict(row) for row in plan(COSTS, JOB, changed)]
+        after += [dataclasses.asdict(row) for row in estimate(COSTS, JOB, changed)]
     assert after != before
 
 
@@ -115,14 +115,14 @@ def test_every_figure_of_the_job_is_read(field):
     changed = dataclasses.replace(
         JOB, **{field: not value if value in (True, False) else value // 2}
     )
-    assert plan(COSTS, changed, CLUSTER) != plan(COSTS, JOB, CLUSTER)
+    assert estimate(COSTS, changed, CLUSTER) != estimate(COSTS, JOB, CLUSTER)
 
 
 def test_impossible_figures_are_refused():
     with pytest.raises(UsageError, match="utilisation=0 must be more than 0"):
-        plan(COSTS, JOB, dataclasses.replace(CLUSTER, utilisation=0))
+        estimate(COSTS, JOB, dataclasses.replace(CLUSTER, utilisation=0))
     with pytest.raises(UsageError, match="do not fill one batch of 64000 for each of 2 GPUs"):
-        plan(COSTS, dataclasses.replace(JOB, batch_size=64_000), CLUSTER)
+        estimate(COSTS, dataclasses.replace(JOB, batch_size=64_000), CLUSTER)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_command_prints_the_table(capsys):
     arguments = ["plan", "--model", "vix_softmax", "--img-size", "16", "--epochs", "2", "--no-ema"]
     assert main([*arguments, "--float32", "--peak-tflops", "0.1"]) == 0
     said = capsys.readouterr()
-    rows = plan(
+    rows = estimate(
         costs_of("vix_softmax", 16, bf16=False), Job(epochs=2, ema=False), Cluster(peak_tflops=0.1)
     )
     assert said.out.strip() == render(rows)

@@ -16,7 +16,7 @@ from timm_xformers.cli import main
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.predicting.evaluate import evaluate
 from timm_xformers.publishing.finished_run import open_finished
-from timm_xformers.publishing.float16 import convert, write_half
+from timm_xformers.publishing.float16 import convert, write_float16
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_json import Record
 from timm_xformers.weights import check_images, read_manifest
@@ -90,7 +90,7 @@ def test_adding_writes_everything_that_belongs_to_it(finished_run, checkout):
     assert package.sha256_of(path) == entry.sha256
     assert path.stat().st_size == entry.bytes
     assert entry.test_top1_percent == record.test_top1_percent
-    assert record == checkout.load_half_record(NAME)
+    assert record == checkout.load_float16_record(NAME)
     assert record.model == NAME
     assert entry.label_names == tuple(map(str, range(10)))
     assert checkout.training_records() == {"digits": [run.record]}
@@ -166,7 +166,7 @@ def test_weights_beyond_float16_are_refused(run_copy, tmp_path):
     weights["head.bias"][0] = 70000
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"head.bias has values up to 70000"):
-        write_half(run, tmp_path)
+        write_float16(run, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_cards_of_this_checkout_are_valid_and_equal_the_records():
         assert result["task"]["type"] == "image-classification"
         assert {"type", "name", "split"} == result["dataset"].keys()
         figures = {metric["name"]: metric["value"] for metric in result["metrics"]}
-        record = checkout.load_half_record(name)
+        record = checkout.load_float16_record(name)
         assert figures == {
             "Top-1 accuracy, %": record.test_top1_percent,
             "Top-5 accuracy, %": record.test_top5_percent,
@@ -259,7 +259,7 @@ def test_evaluation_by_name_gives_the_published_figures(name):
         pytest.skip("TIMM_XFORMERS_DATA names no folder with the data sets")
     folder = None if tag == "digits" else str(Path(DATA_DIR) / tag)
     record = evaluate(Recipe(model=name, data=tag, data_dir=folder))
-    published = this_checkout().load_half_record(name)
+    published = this_checkout().load_float16_record(name)
     assert record.test_images == published.test_images
     assert record.test_top1_percent == published.test_top1_percent
     assert record.test_top5_percent == published.test_top5_percent

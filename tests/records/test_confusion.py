@@ -37,9 +37,9 @@ def drawn(monkeypatch):
     figures = []
     original = Figure.savefig
 
-    def save(figure, *args, dpi):
+    def save(figure, *args, dpi, **kwargs):
         figures.append(figure)
-        original(figure, *args, dpi=30)  # what takes the time is pixels
+        original(figure, *args, dpi=30, **kwargs)  # what takes the time is pixels
 
     monkeypatch.setattr(Figure, "savefig", save)
     return figures

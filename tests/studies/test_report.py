@@ -86,7 +86,7 @@ def drawn(monkeypatch):
     original = Figure.savefig
 
     def save(figure, path, **kwargs):
-        figures[Path(path).name] = figure
+        figures[Path(path).name.partition(".tmp-")[0]] = figure
         original(figure, path, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", save)

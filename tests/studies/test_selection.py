@@ -298,9 +298,10 @@ def test_result_is_whole_or_absent(tmp_path, monkeypatch):
     assert FoldResult.load(path) == fold_result({"lr": 1.0}, 1)
 
     def fail(*_, **__):
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         fold_result({"lr": 2.0}, 1).save(path)
     assert FoldResult.load(path).values == {"lr": 1.0}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]

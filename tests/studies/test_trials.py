@@ -85,7 +85,7 @@ def start(tiny, tmp_path):
 
 
 def trials_of(search):
-    return [(t.number, t.params, t.state.name, t.values) for t in _open_study(search).trials]
+    return [(t.number, t.params, t.state.name, t.values) for t in _open_study(search)[0].trials]
 
 
 def test_interrupted_search_makes_the_trials_of_an_undisturbed_one(start, pretend):
@@ -136,7 +136,7 @@ def test_a_trial_in_other_hands_is_left_alone(start, pretend, monkeypatch):
 
     from timm_xformers.studies.selecting import trials
 
-    trials._add_trial(_open_study(search), search)
+    trials._add_trial(_open_study(search)[0], search)
     held = search.claim("trial-0")
     assert held.__enter__()
     monkeypatch.setattr(trials.time, "sleep", wait)

@@ -1,7 +1,8 @@
 """A benchmark from its settings to its folder.
 
 One process per allocator and number of threads times all points; memory takes a fresh process for
-every point and contender. What is known is written after every point.
+every point and contender. What is known is written after every point, and the same command goes on
+from there after it was killed.
 """
 
 import dataclasses
@@ -17,28 +18,23 @@ from typing import Any
 import torch
 
 import timm_xformers
-from timm_xformers.benchmarking.child import can_fork
-from timm_xformers.benchmarking.compare import Row, rows_of
+from timm_xformers.benchmarking.cases import baseline_of, check, contenders_of, points_of
+from timm_xformers.benchmarking.compare import Row, Summary, rows_of
 from timm_xformers.benchmarking.peers import PEERS
-from timm_xformers.benchmarking.plan import baseline_of, check, contenders_of, points_of
 from timm_xformers.benchmarking.plots import plot_benchmark
 from timm_xformers.benchmarking.settings import PASSES, Contender, Point, Settings
-from timm_xformers.benchmarking.summary import summary
-from timm_xformers.benchmarking.tables import (
-    csv_text,
-    lines_of,
-    markdown,
-    timm_csv_text,
-)
+from timm_xformers.benchmarking.tables import lines_of, markdown, timm_csv_text
+from timm_xformers.benchmarking.worker import can_fork
 from timm_xformers.errors import UsageError, UserError
-from timm_xformers.files.atomic import write_text
+from timm_xformers.files.atomic import sweep, write_text
+from timm_xformers.files.tables import write_csv
 from timm_xformers.records.results_json import origin
 from timm_xformers.training.build import build_model
 from timm_xformers.training.devices import MALLOC_OPTIONS, emulation_note
 
 __all__ = ["Benchmark"]
 
-CHILD = "timm_xformers.benchmarking.child"
+WORKER = "timm_xformers.benchmarking.worker"
 # Read by glibc when a process starts; names of mallopt's options are in malloc.h.
 MALLOC_NAMES = {-3: "MALLOC_MMAP_THRESHOLD_", -1: "MALLOC_TRIM_THRESHOLD_", -2: "MALLOC_TOP_PAD_"}
 
@@ -54,17 +50,16 @@ class Benchmark:
     """
 
     def __init__(self, settings: Settings) -> None:
-        settings = check(settings)
-        output = settings.output
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UsageError(f"{output} is not empty; choose another --output.")
-        self.settings = settings
+        self.settings = settings = check(settings)
         self.contenders = contenders_of(settings)
         self.points = points_of(settings)
         self.baseline = baseline_of(settings)
         self.rows: list[Row] = []
         self.left_out: dict[str, dict[str, list[int]]] = {}
         self.origin = origin(torch.device(settings.device or "cpu"))
+        output = settings.output
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            self._go_on()
 
     def run(self) -> Path:
         """Measure, and write.
@@ -80,7 +75,8 @@ class Benchmark:
         note = emulation_note(precision, torch.device(self.settings.device or "cpu"))
         if note is not None:
             self._say(note)
-        for number, (point, found) in enumerate(self._timings(), start=1):
+        done = len({row.point for row in self.rows})
+        for number, (point, found) in enumerate(self._timings(), start=done + 1):
             rows = rows_of(point, self.contenders, found, self.baseline.label, self._tokens(point))
             self._note(found["left_out"], self._tokens(point))
             self.rows += rows
@@ -92,18 +88,42 @@ class Benchmark:
             )
         if self.settings.memory:
             self._measure_memory()
-        self._write()
         plot_benchmark(self.settings.output, self.rows, self.baseline)
+        self._write(complete=True)
         return self.settings.output / "benchmark.md"
+
+    def _go_on(self) -> None:
+        """Take over what a killed benchmark of the same settings has measured.
+
+        Raises:
+            UsageError: The folder holds something else, or a benchmark that is complete.
+        """
+        path = self.settings.output / "benchmark.json"
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            same = before["settings"] == json.loads(json.dumps(self._settings()))
+            if before["complete"] or not same:
+                raise ValueError
+            self.rows = [_row(values) for values in before["rows"]]
+            self.left_out = before["left_out"]
+        except (KeyError, OSError, TypeError, ValueError):
+            raise UsageError(
+                f"{self.settings.output} is not empty, and holds no unfinished benchmark of these "
+                "settings; choose another --output."
+            ) from None
+        sweep(self.settings.output)
 
     def _timings(self) -> Iterator[tuple[Point, dict[str, Any]]]:
         for allocator in self.settings.allocators:
             for threads in self.settings.threads:
+                known = {row.point for row in self.rows}
                 points = [
-                    p for p in self.points if (p.allocator, p.threads) == (allocator, threads)
+                    p
+                    for p in self.points
+                    if (p.allocator, p.threads) == (allocator, threads) and p not in known
                 ]
                 work = [(point, self.contenders) for point in points]
-                for found in self._child("time", work):
+                for found in self._measure("time", work) if work else ():
                     if self.baseline.label in found["left_out"]:
                         raise UserError(
                             f"{self.baseline.label}, with which everything is compared, failed: "
@@ -148,10 +168,10 @@ class Benchmark:
             mine = [case for case in work if case[0].allocator == allocator]
             batches = [mine] if can_fork(self.settings.device or "cpu") else [[c] for c in mine]
             for batch in filter(None, batches):
-                found = self._child("memory", [(point, [who]) for point, who in batch])
+                found = self._measure("memory", [(point, [who]) for point, who in batch])
                 yield from zip(batch, found, strict=True)
 
-    def _child(
+    def _measure(
         self, kind: str, work: Sequence[tuple[Point, Sequence[Contender]]]
     ) -> Iterator[dict[str, Any]]:
         settings, first = self.settings, work[0][0]
@@ -159,18 +179,13 @@ class Benchmark:
             "kind": kind,
             "device": first.device,
             "threads": first.threads,
-            "plan": {
-                "rounds": settings.rounds,
-                "min_ms": settings.min_ms,
-                "limit_seconds": settings.limit_seconds,
-                "seed": settings.seed,
+            "effort": {
+                name: getattr(settings, name)
+                for name in ("rounds", "min_ms", "limit_seconds", "seed")
             },
             "work": [
-                {
-                    "point": dataclasses.asdict(point),
-                    "contenders": [dataclasses.asdict(contender) for contender in contenders],
-                }
-                for point, contenders in work
+                {"point": dataclasses.asdict(point), "contenders": [*map(dataclasses.asdict, who)]}
+                for point, who in work
             ],
         }
         log = settings.output / "log.txt"
@@ -181,7 +196,7 @@ class Benchmark:
             json.dump(job, given)
             given.seek(0)
             with subprocess.Popen(
-                [sys.executable, "-m", CHILD],
+                [sys.executable, "-m", WORKER],
                 stdin=given,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -220,16 +235,17 @@ class Benchmark:
     def _say(self, words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
-    def _write(self) -> None:
+    def _settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.settings) | {"output": str(self.settings.output)}
+
+    def _write(self, *, complete: bool = False) -> None:
         output = self.settings.output
         packages = {contender.peer for contender in self.contenders}
         result = {
             **self.origin,
             "seed": self.settings.seed,
-            "settings": {
-                **dataclasses.asdict(self.settings),
-                "output": str(output),
-            },
+            "settings": self._settings(),
+            "complete": complete,
             "baseline": self.baseline.label,
             "peers": {peer.package: peer.same for peer in PEERS if peer.package in packages},
             "left_out": self.left_out,
@@ -238,13 +254,19 @@ class Benchmark:
             ],
         }
         write_text(output / "benchmark.json", json.dumps(result, indent=1) + "\n")
-        lines = lines_of(self.rows)
-        write_text(output / "benchmark.csv", csv_text(lines))
+        write_csv(output / "benchmark.csv", lines_of(self.rows))
         write_text(output / "benchmark.md", markdown(result, self.rows))
         if self.settings.models:
             write_text(output / "timm.csv", timm_csv_text(self.rows))
-        elif table := summary(lines, self.baseline.label):
-            write_text(output / "summary.md", table)
+
+
+def _row(values: dict[str, Any]) -> Row:
+    """A row of benchmark.json."""
+    known = {field.name: values[field.name] for field in dataclasses.fields(Row)}
+    for name in ("seconds", "vs_exact", "vs_peer"):
+        known[name] = known[name] and Summary(**known[name])
+    point, contender = Point(**known["point"]), Contender(**known["contender"])
+    return Row(**(known | {"point": point, "contender": contender}))
 
 
 def describe(point: Point) -> str:

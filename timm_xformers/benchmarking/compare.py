@@ -112,7 +112,7 @@ def rows_of(
     Args:
         point: Where.
         contenders: In the order of the rows; those without seconds are left out.
-        found: ``seconds``, ``params`` and ``compile_seconds`` by label, see `child`.
+        found: ``seconds``, ``params`` and ``compile_seconds`` by label, see `worker`.
         baseline: Label of the contender to compare with.
         size: See `Row`.
     """

@@ -47,6 +47,11 @@ class Dims:
         """Width of all heads."""
         return self.num_heads * self.head_dim
 
+    def need_full_width(self) -> None:
+        """Raise `Unfit` unless all heads together are as wide as the tokens."""
+        if self.inner != self.dim:
+            raise Unfit("its heads together are as wide as the tokens")
+
     def grid_side(self, window: int) -> int:
         """Side of the square grid, which windows must divide.
 
@@ -79,19 +84,32 @@ class Peer:
 
 
 class _InSlot(nn.Module):
-    """A layer that is called as timm calls attention, without a mask."""
+    """A layer that is called as timm calls attention, without a mask.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Args:
+        layer: The package's.
+        proj: Output projection, where the layer has none.
+        side: Side of the grid, for a layer on (B, H, W, C).
+    """
+
+    def __init__(
+        self, layer: nn.Module, proj: nn.Module | None = None, side: int | None = None
+    ) -> None:
         super().__init__()
         self.layer = layer
+        self.proj = proj or nn.Identity()
+        self.side = side
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         if attn_mask is not None or is_causal:
             raise Unfit("peers are measured without a mask")
+        if self.side is not None:
+            x = torch.unflatten(x, 1, [self.side, self.side])
         out: Any = self.layer(x)
-        mixed: Tensor = out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        mixed: Tensor = self.proj(out if self.side is None else out.flatten(1, 2))
         return mixed
 
 
@@ -138,45 +156,15 @@ class _SwinWindows(nn.Module):
         return x.view(B, count, count, w, w, C).transpose(2, 3).reshape(B, N, C)
 
 
-class _Grid(nn.Module):
-    """A layer on (B, H, W, C)."""
-
-    def __init__(self, layer: nn.Module, side: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.side = side
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(torch.unflatten(x, 1, [self.side, self.side]))
-        return out.flatten(1, 2)
-
-
-class _Dense(nn.Module):
-    """A layer that returns a tuple and has no output projection."""
-
-    def __init__(self, layer: nn.Module, dim: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj(self.layer(x)[0])
-        return out
-
-
-def _elu_plus_one(x: Tensor) -> Tensor:
-    return F.elu(x) + 1
-
-
-def _performer(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
+def _performer(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
     kernels: dict[str, Any] = {
         "relu": nn.ReLU(),
         "exp": torch.exp,
-        "elu": _elu_plus_one,
+        "elu": lambda x: F.elu(x) + 1,
         "gelu": nn.GELU(),
     }
     kernel = numbers["kernel"]
-    layer: nn.Module = module.SelfAttention(
+    return module.SelfAttention(
         dims.dim,
         heads=dims.num_heads,
         dim_head=dims.head_dim,
@@ -184,12 +172,11 @@ def _performer(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
         generalized_attention=kernel != "softmax",
         kernel_fn=kernels.get(kernel, nn.ReLU()),
     )
-    return layer
 
 
-def _nystrom(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
+def _nystrom(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
     conv = numbers.get("conv_kernel", 0)
-    layer: nn.Module = module.NystromAttention(
+    return module.NystromAttention(
         dims.dim,
         dim_head=dims.head_dim,
         heads=dims.num_heads,
@@ -197,13 +184,11 @@ def _nystrom(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
         residual=conv > 0,
         residual_conv_kernel=conv or 33,
     )
-    return layer
 
 
-def _nystromformer(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
+def _nystromformer(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
     landmarks = numbers["num_landmarks"]
-    if dims.inner != dims.dim:
-        raise Unfit("its heads together are as wide as the tokens")
+    dims.need_full_width()
     if dims.tokens % landmarks:
         raise Unfit(f"{dims.tokens} tokens are no multiple of {landmarks} landmarks")
     config = module.NystromformerConfig(
@@ -215,21 +200,15 @@ def _nystromformer(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Modul
         attention_probs_dropout_prob=0.0,
     )
     code = importlib.import_module("transformers.models.nystromformer.modeling_nystromformer")
-    return _Dense(code.NystromformerSelfAttention(config), dims.dim)
+    return _InSlot(code.NystromformerSelfAttention(config), nn.Linear(dims.dim, dims.dim))
 
 
-def _linformer(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
-    layer: nn.Module = module.LinformerSelfAttention(
-        dims.dim,
-        dims.tokens,
-        k=numbers["proj_len"],
-        heads=dims.num_heads,
-        dim_head=dims.head_dim,
-    )
-    return layer
+def _linformer(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    sizes = {"k": numbers["proj_len"], "heads": dims.num_heads, "dim_head": dims.head_dim}
+    return module.LinformerSelfAttention(dims.dim, dims.tokens, **sizes)
 
 
-def _local1d(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
+def _local1d(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
     rule = module.LocalAttention(
         window_size=numbers["window_size"],
         look_backward=1,
@@ -240,15 +219,14 @@ def _local1d(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
     return _Projected(dims, rule)
 
 
-def _swin(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
+def _swin(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
     return _SwinWindows(dims, numbers["window_size"])
 
 
-def _natten(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
+def _natten(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
     window = numbers["window_size"]
     side = dims.grid_side(window)
-    if dims.inner != dims.dim:
-        raise Unfit("its heads together are as wide as the tokens")
+    dims.need_full_width()
     layer = module.NeighborhoodAttention2D(
         embed_dim=dims.dim,
         num_heads=dims.num_heads,
@@ -256,10 +234,10 @@ def _natten(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
         stride=window,
         qkv_bias=False,
     )
-    return _Grid(layer, side)
+    return _InSlot(layer, side=side)
 
 
-def _fla(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
+def _fla(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
     kernel = numbers["kernel"]
     if kernel not in ("relu", "elu"):
         raise Unfit(f"it has no {kernel} kernel")
@@ -268,17 +246,15 @@ def _fla(dims: Dims, numbers: dict[str, Any], module: Any) -> nn.Module:
             f"it has no random features: its state is as wide as a head, {dims.head_dim}, and "
             f"{numbers['num_features']} were asked for"
         )
-    expand = dims.inner / dims.dim
-    layer: nn.Module = module.LinearAttention(
+    return module.LinearAttention(
         hidden_size=dims.dim,
-        expand_k=expand,
-        expand_v=expand,
+        expand_k=dims.inner / dims.dim,
+        expand_v=dims.inner / dims.dim,
         num_heads=dims.num_heads,
         feature_map=kernel,
         output_norm="identity",
         do_feature_map_norm=True,
     )
-    return layer
 
 
 PEERS = (

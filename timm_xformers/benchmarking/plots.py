@@ -8,13 +8,9 @@ from typing import Any
 from timm_xformers.benchmarking.compare import Row, crossover
 from timm_xformers.benchmarking.settings import UNFUSED, Contender, Point
 from timm_xformers.benchmarking.tables import groups_of, start_of, title_of
+from timm_xformers.files.figures import COLOURS, MARKERS, new_figure, ring, save
 
 __all__ = ["plot_benchmark"]
-
-MARKERS = "osD^vP*X<>"
-# Okabe and Ito's colours without yellow, which is too pale for lines, and two of Paul Tol's: apart
-# for every kind of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 
 
 def plot_benchmark(output: Path, rows: Sequence[Row], baseline: Contender) -> list[str]:
@@ -81,12 +77,9 @@ def _draw(
     *,
     memory: bool,
 ) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    figure = Figure(figsize=(7.2 * len(panels) + 1, 7.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2 * len(panels) + 1, 7.4)
     for axes, (point, rows) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
@@ -109,16 +102,9 @@ def _draw(
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     if not memory:
-        figure.text(
-            0.5,
-            -0.01,
-            "Rings: as fast as exact attention from there on. Hollow: void, the baseline was not "
-            "steady.",
-            ha="center",
-            va="top",
-            fontsize=8,
-        )
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+        note = "Rings: as fast as the baseline from there on. Hollow: void, baseline not steady."
+        figure.text(0.5, -0.01, note, ha="center", va="top", fontsize=8)
+    save(figure, path, bbox_inches="tight")
 
 
 def _line(
@@ -139,27 +125,13 @@ def _line(
     if void:
         hollow = style | {"linestyle": "none", "markerfacecolor": "white", "markersize": 7}
         axes.plot(*zip(*void, strict=True), **hollow)
-    steady = {row.size: row.vs_exact.median for row in mine if not row.void}
-    place = crossover(steady)
-    if place is None or is_exact:
-        return
-    axes.plot(
-        [place],
-        [_between(sizes, times, place)],
-        marker="o",
-        markersize=11,
-        markerfacecolor="none",
-        markeredgewidth=1.5,
-        color=style["color"],
-        linestyle="none",
-    )
+    place = crossover({row.size: row.vs_exact.median for row in mine if not row.void})
+    if place is not None and not is_exact:
+        import numpy as np
 
-
-def _between(sizes: Sequence[int], values: Sequence[float], place: float) -> float:
-    """Value on a line that is straight on log axes."""
-    import numpy as np
-
-    return float(np.exp(np.interp(np.log(place), np.log(sizes), np.log(values))))
+        # On a line that is straight on log axes.
+        height = float(np.exp(np.interp(np.log(place), np.log(sizes), np.log(times))))
+        ring(axes, place, height, markersize=11, markeredgewidth=1.5, color=style["color"])
 
 
 def _wrap(title: str) -> str:

@@ -1,9 +1,7 @@
 """benchmark.csv, benchmark.md and, for models, timm.csv."""
 
-import csv
 import dataclasses
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from timm_xformers.benchmarking.compare import (
@@ -15,16 +13,26 @@ from timm_xformers.benchmarking.compare import (
     main_clock,
 )
 from timm_xformers.benchmarking.settings import Point
+from timm_xformers.files.tables import csv_text, markdown_table
 
-__all__ = [
-    "csv_text",
-    "groups_of",
-    "lines_of",
-    "markdown",
-    "start_of",
-    "timm_csv_text",
-    "title_of",
-]
+__all__ = ["groups_of", "lines_of", "markdown", "start_of", "timm_csv_text", "title_of"]
+
+HOW = """\
+Every round calls every contender in shuffled order, each for at least {min_ms:g} ms. Speed-ups \
+are taken within a round; given are medians over rounds, quartiles in brackets. Clocks: processor \
+time at one thread, wall clock at several, the device's own time on a GPU; benchmark.csv has wall \
+clock for all.
+
+Cells: speed-up over the baseline, `{baseline}`, whose row has milliseconds. *from*: tokens from \
+which a contender is as fast as the baseline, between two lengths by interpolation. *growth*: e in \
+time or memory ~ tokens^e, fitted from 1,024 tokens up, where the contender was itself steady. \
+*× peer*: speed-up over the fastest other package's form, by length. *void*: the baseline's \
+quartiles were further than 10 % from its median, so that none of it counts.
+"""
+MEMORY = """\
+Peak memory of the steps, MiB over what was held before; the first 10 to 20 of a CPU are mostly \
+library code that is used for the first time:
+"""
 
 
 def lines_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -32,46 +40,30 @@ def lines_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [_flat(row) for row in rows]
 
 
-def csv_text(lines: Sequence[dict[str, Any]]) -> str:
-    """Lines as a file; their columns are those of the first."""
-    if not lines:
-        return ""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
 def timm_csv_text(rows: Sequence[Row]) -> str:
     """Models in the columns of timm's result files, so that both can be joined by ``model``."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    figures = ("samples_per_sec", "step_time", "batch_size", "img_size")
+    empty = {f"{prefix}_{name}": "" for prefix in ("infer", "train") for name in figures}
     for row in rows:
         point = row.point
         if row.clock != "wall" or row.void or point.task not in ("forward", "train"):
             continue
-        where = (point.dtype, point.device, point.threads, point.allocator)
+        where = {name: getattr(point, name) for name in ("dtype", "device", "threads", "allocator")}
+        params = {"param_count": round(row.params / 1e6, 2)}
         line = found.setdefault(
-            (row.contender, point.size, where),
-            {
-                "model": row.contender.label,
-                **{
-                    f"{prefix}_{name}": ""
-                    for prefix in ("infer", "train")
-                    for name in ("samples_per_sec", "step_time", "batch_size", "img_size")
-                },
-                "param_count": round(row.params / 1e6, 2),
-                **dict(zip(("dtype", "device", "threads", "allocator"), where, strict=True)),
-            },
+            (row.contender, point.size, *where.values()),
+            {"model": row.contender.label, **empty, **params, **where},
+        )
+        values = (
+            round(row.per_second, 2),
+            round(1e3 * row.seconds.median, 3),
+            point.batch_size,
+            point.size or "",
         )
         prefix = "infer" if point.task == "forward" else "train"
-        line |= {
-            f"{prefix}_samples_per_sec": round(row.per_second, 2),
-            f"{prefix}_step_time": round(1e3 * row.seconds.median, 3),
-            f"{prefix}_batch_size": point.batch_size,
-            f"{prefix}_img_size": point.size or "",
-        }
-    return csv_text(list(found.values()))
+        line |= {f"{prefix}_{name}": value for name, value in zip(figures, values, strict=True)}
+    return csv_text(found.values())
 
 
 def groups_of(rows: Sequence[Row]) -> dict[Point, list[Row]]:
@@ -85,7 +77,8 @@ def groups_of(rows: Sequence[Row]) -> dict[Point, list[Row]]:
 
 def start_of(rows: Sequence[Row], label: str) -> str:
     """From how many tokens on a contender is as fast as the baseline, in words."""
-    steady = {row.size: row.vs_exact.median for row in rows if _is(row, label) and not row.void}
+    mine = [row for row in rows if row.contender.label == label and not row.void]
+    steady = {row.size: row.vs_exact.median for row in mine}
     start = crossover(steady)
     if start is None:
         return "-"
@@ -108,17 +101,14 @@ def markdown(result: dict[str, Any], rows: Sequence[Row]) -> str:
         rows: The measurements.
     """
     baseline = result["baseline"]
-    lines = ["# Speed and memory of attention", "", *_how(result), ""]
+    how = HOW.format(min_ms=result["settings"]["min_ms"], baseline=baseline)
+    lines = ["# Speed and memory of attention", "", how]
     for point, members in groups_of(rows).items():
         lines += [f"## {title_of(point)[0].upper()}{title_of(point)[1:]}", ""]
-        lines += [*_ratio_table(members, baseline), ""]
-        if any(row.peak_mib is not None for row in members):
-            lines += [
-                "Peak memory of the steps, MiB over what was held before; the first 10 to 20 of a "
-                "CPU are mostly library code that is used for the first time:",
-                "",
-            ]
-            lines += [*_memory_table(members), ""]
+        lines += [*_time_table(members, baseline), ""]
+        measured = [row for row in members if row.peak_mib is not None]
+        if measured:
+            lines += [MEMORY, *_memory_table(members, measured), ""]
     if result["peers"]:
         lines += ["## What the other packages compute", ""]
         lines += [f"- **{package}**: {same}." for package, same in result["peers"].items()]
@@ -139,40 +129,23 @@ def markdown(result: dict[str, Any], rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _how(result: dict[str, Any]) -> list[str]:
-    settings = result["settings"]
-    return [
-        "Every round calls every contender in shuffled order, each for at least "
-        f"{settings['min_ms']:g} ms; ratios are taken within a round, and medians over rounds are "
-        "given, with quartiles in brackets. Clocks: processor time at one thread, wall clock at "
-        "several, the device's own time on a GPU; benchmark.csv has wall clock for all.",
-        "",
-        f"Cells: how many times faster than `{result['baseline']}`, whose row has milliseconds. "
-        "*from*: tokens from which a contender is as fast, between two lengths by interpolation. "
-        "*growth*: e in time or memory ~ tokens^e, fitted from 1,024 tokens up, where the "
-        "contender was itself steady. *× peer*: how many times faster than the fastest other "
-        "package's form, by length. *void*: the baseline's quartiles were further than 10 % from "
-        "its median, so that none of it counts.",
-    ]
-
-
-def _ratio_table(rows: Sequence[Row], baseline: str) -> list[str]:
+def _time_table(rows: Sequence[Row], baseline: str) -> list[str]:
     sizes = sorted({row.size for row in rows})
-    kind = rows[0].point.kind
-    lines = [
-        f"| {kind} | " + " | ".join(f"{size:,}" for size in sizes) + " | from | growth | × peer |",
-        "| --- |" + " ---: |" * (len(sizes) + 2) + " --- |",
-    ]
-    for label in dict.fromkeys(row.contender.label for row in rows):
-        mine = {row.size: row for row in rows if _is(row, label)}
+
+    def line(label: str, mine: dict[int, Row]) -> list[str]:
         exact = label == baseline
-        cells = [_cell(mine.get(size), exact) for size in sizes]
-        own = {n: row.seconds for n, row in mine.items()}
-        slope = growth({n: time.median for n, time in own.items() if not is_void(time)})
-        lines.append(
-            f"| `{label}` | {' | '.join(cells)} | {'' if exact else start_of(rows, label)} | "
-            f"{'' if slope is None else f'{slope:.2f}'} | {_against_peers(mine.values())} |"
+        steady = {n: r.seconds.median for n, r in mine.items() if not is_void(r.seconds)}
+        peers = ", ".join(
+            f"{row.vs_peer.median:.2f} {row.peer.partition(':')[0]} at {row.size:,}"
+            for row in mine.values()
+            if row.vs_peer is not None and not row.void
         )
+        start = "" if exact else start_of(rows, label)
+        cells = [_cell(mine[size], exact) if size in mine else "" for size in sizes]
+        return [*cells, start, _two_digits(growth(steady)), peers]
+
+    heads = [rows[0].point.kind, *(f"{size:,}" for size in sizes), "from", "growth", "× peer"]
+    lines = markdown_table(heads, _by_label(rows, line), f"l{'r' * (len(sizes) + 2)}l")
     compiled = {row.contender.label: row.compile_seconds for row in rows if row.compile_seconds}
     if compiled:
         words = ", ".join(f"{label} {seconds:.0f}" for label, seconds in compiled.items())
@@ -180,58 +153,47 @@ def _ratio_table(rows: Sequence[Row], baseline: str) -> list[str]:
     return lines
 
 
-def _cell(row: Row | None, exact: bool) -> str:
-    if row is None:
-        return ""
+def _memory_table(rows: Sequence[Row], measured: Sequence[Row]) -> list[str]:
+    sizes = sorted({row.size for row in measured})
+
+    def line(label: str, mine: dict[int, Row]) -> list[str]:
+        peaks = {n: row.peak_mib for n, row in mine.items() if row.peak_mib is not None}
+        cells = [f"{peaks[size]:,.0f}" if size in peaks else "" for size in sizes]
+        return [*cells, _two_digits(growth(peaks) if all(peaks.values()) else None)]
+
+    heads = [rows[0].point.kind, *(f"{size:,}" for size in sizes), "growth"]
+    return markdown_table(heads, _by_label(rows, line), "lr")
+
+
+def _by_label(
+    rows: Sequence[Row], line: Callable[[str, dict[int, Row]], list[str]]
+) -> Iterable[list[str]]:
+    for label in dict.fromkeys(row.contender.label for row in rows):
+        mine = {row.size: row for row in rows if row.contender.label == label}
+        yield [f"`{label}`", *line(label, mine)]
+
+
+def _two_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _cell(row: Row, exact: bool) -> str:
     if exact:
         text = f"{1e3 * row.seconds.median:.3g} ms ({row.seconds.count})"
     else:
-        text = _words(row.vs_exact)
+        ratio = row.vs_exact
+        text = f"{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})"
     return f"{text} void" if row.void else text
-
-
-def _words(summary: Summary) -> str:
-    return f"{summary.median:.2f} ({summary.q1:.2f} to {summary.q3:.2f})"
-
-
-def _against_peers(rows: Any) -> str:
-    return ", ".join(
-        f"{row.vs_peer.median:.2f} {row.peer.partition(':')[0]} at {row.size:,}"
-        for row in rows
-        if row.vs_peer is not None and not row.void
-    )
-
-
-def _memory_table(rows: Sequence[Row]) -> list[str]:
-    sizes = sorted({row.size for row in rows if row.peak_mib is not None})
-    lines = [
-        f"| {rows[0].point.kind} | " + " | ".join(f"{size:,}" for size in sizes) + " | growth |",
-        "| --- |" + " ---: |" * (len(sizes) + 1),
-    ]
-    for label in dict.fromkeys(row.contender.label for row in rows):
-        mine = {
-            row.size: row.peak_mib for row in rows if _is(row, label) and row.peak_mib is not None
-        }
-        cells = [f"{mine[size]:,.0f}" if size in mine else "" for size in sizes]
-        slope = growth(mine) if all(mine.values()) else None
-        cells.append("" if slope is None else f"{slope:.2f}")
-        lines.append(f"| `{label}` | {' | '.join(cells)} |")
-    return lines
-
-
-def _is(row: Row, label: str) -> bool:
-    return row.contender.label == label
 
 
 def _flat(row: Row) -> dict[str, Any]:
     point = row.point
 
     def three(name: str, summary: Summary | None, factor: float = 1.0) -> dict[str, Any]:
-        values = (None,) * 3 if summary is None else (summary.median, summary.q1, summary.q3)
-        keys = (name, f"{name}_q1", f"{name}_q3")
+        found = {"": "median", "_q1": "q1", "_q3": "q3"}
         return {
-            key: "" if value is None else float(f"{factor * value:.5g}")
-            for key, value in zip(keys, values, strict=True)
+            f"{name}{end}": summary and float(f"{factor * getattr(summary, field):.5g}")
+            for end, field in found.items()
         }
 
     return {
@@ -243,9 +205,7 @@ def _flat(row: Row) -> dict[str, Any]:
         "pass": point.task,
         "tokens": row.size,
         "shape": point.shape,
-        "dim": point.dim or "",
-        "num_heads": point.num_heads or "",
-        "head_dim": point.head_dim or "",
+        **{name: getattr(point, name) or "" for name in ("dim", "num_heads", "head_dim")},
         "img_size": (point.size or "") if point.kind == "model" else "",
         "batch_size": point.batch_size,
         "dtype": point.dtype,
@@ -260,7 +220,7 @@ def _flat(row: Row) -> dict[str, Any]:
         "peer": row.peer,
         **three("vs_peer", row.vs_peer),
         "void": row.void,
-        "compile_seconds": "" if row.compile_seconds is None else row.compile_seconds,
-        "peak_mib": "" if row.peak_mib is None else row.peak_mib,
+        "compile_seconds": row.compile_seconds,
+        "peak_mib": row.peak_mib,
         "params": row.params,
     }

@@ -1,9 +1,7 @@
 """``timm-xformers models``: what there is to choose from, and what it costs."""
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import re
 import sys
@@ -12,6 +10,7 @@ from typing import Any
 
 from timm_xformers.commands.options import positive
 from timm_xformers.errors import UsageError
+from timm_xformers.files.tables import csv_text, markdown_table, plain, text_table
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -75,7 +74,7 @@ def _list_mechanisms(args: argparse.Namespace) -> None:
 
     columns: _Columns = {
         "attention": lambda m: m.name,
-        "settings": lambda m: _plain(m.settings),
+        "settings": lambda m: plain(m.settings),
         "exact when": lambda m: m.exact_when,
         "masks": lambda m: m.masks,
         "causal": lambda m: "yes" if m.causal else "no",
@@ -112,7 +111,7 @@ def _list_models(args: argparse.Namespace) -> None:
         f"MiB at batch {batch_size}": lambda m: (
             f"{m.activation_mib:,.{0 if m.activation_mib >= 100 else 1}f}"
         ),
-        "weights": lambda m: _plain(m.weights) or "-",
+        "weights": lambda m: plain(m.weights) or "-",
     }
     for_people = args.format in ("table", "markdown")
     if models or not for_people:
@@ -141,50 +140,24 @@ def _sort_key(model: Any, by: str) -> tuple[float, list[tuple[int, str]]]:
 
 
 def _render(kind: Any, entries: Sequence[Any], columns: _Columns, style: str) -> str:
-    """Entries of a dataclass as text.
+    """Entries of a dataclass as text without a final line break.
 
     Args:
         kind: The dataclass; its fields are what json and csv give, unrounded.
         entries: In the order to print.
-        columns: What table and markdown give. Columns whose cells all start with a digit are set
-            flush right.
+        columns: What table and markdown give.
         style: "table", "markdown", "csv" or "json".
-
-    Returns:
-        Lines without a final newline.
     """
     if style == "json":
         return json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2)
     if style == "csv":
         names = [field.name for field in dataclasses.fields(kind)]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([_plain(getattr(entry, name)) for name in names] for entry in entries)
-        return text.getvalue().rstrip("\n")
+        return csv_text(map(dataclasses.asdict, entries), names).rstrip("\n")
     rows = [[cell(entry) for cell in columns.values()] for entry in entries]
-    right = [all(cell[:1].isdigit() for cell in column) for column in zip(*rows, strict=True)]
     if style == "markdown":
         rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
-        rule = ["---:" if flush else "---" for flush in right]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [list(columns), rule, *rows])
-    rows = [list(columns), *rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if flush else cell.ljust(width)
-            for cell, width, flush in zip(row, widths, right, strict=True)
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _plain(value: Any) -> str:
-    """One cell of text for a field's value."""
-    if isinstance(value, dict):
-        return " ".join(f"{key}={setting}" for key, setting in value.items())
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return "\n".join(markdown_table(list(columns), rows))
+    return text_table(list(columns), rows)
 
 
 def _count(text: str) -> float:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
-    from timm_xformers.planning.scaling import Cluster, Job, costs_of, plan, render
+    from timm_xformers.planning.scaling import Cluster, Job, costs_of, estimate, render
 
     def given(fields: tuple[tuple[str, Any, str], ...]) -> dict[str, Any]:
         values = {name: getattr(args, name) for name, _, _ in fields}
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     costs = costs_of(args.model, args.img_size, bf16=not args.float32)
     job = Job(**given(JOB), ema=not args.no_ema, grad_checkpointing=args.grad_checkpointing)
     cluster = Cluster(**given(CLUSTER))
-    print(render(plan(costs, job, cluster)))
+    print(render(estimate(costs, job, cluster)))
     print(
         f"{costs.name} at {costs.img_size} pixels: {costs.params:,} parameters, "
         f"{costs.gmacs:.2f} GMACs and {costs.activation_mib:.1f} MiB kept per image. Nothing was "

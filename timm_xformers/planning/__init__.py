@@ -1,6 +1,6 @@
 """What training costs, before it is paid.
 
+* `catalog`: models and mechanisms, with what they cost and can.
 * `dryrun`: a few measured steps, multiplied.
-* `scaling`, `scaling_check`: the arithmetic of many GPUs, and how well it predicts small runs.
-* `throughput`, `throughput_cases`, `throughput_report`: our trainer beside timm's, in pairs.
+* `scaling`: the arithmetic of many GPUs.
 """

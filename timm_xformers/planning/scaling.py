@@ -16,14 +16,15 @@ predictions were off where they could be measured.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from timm_xformers.errors import UsageError
+from timm_xformers.files.tables import markdown_table
 from timm_xformers.planning.catalog import build_empty, measure
 
-__all__ = ["Cluster", "Costs", "Job", "Row", "all_reduce_seconds", "costs_of", "plan", "render"]
+__all__ = ["Cluster", "Costs", "Job", "Row", "all_reduce_seconds", "costs_of", "estimate", "render"]
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 BYTES_PER_VALUE = 4
@@ -176,7 +177,7 @@ def all_reduce_seconds(num_bytes: float, gpus: int, cluster: Cluster) -> float:
     return sent / (1e9 * slowest) + 1e-6 * cluster.latency_us * gpus
 
 
-def plan(
+def estimate(
     costs: Costs, job: Job, cluster: Cluster, gpu_counts: Sequence[int] = GPU_COUNTS
 ) -> list[Row]:
     """The arithmetic for several numbers of GPUs, each with the same batch per GPU.
@@ -236,16 +237,19 @@ def _row(costs: Costs, job: Job, cluster: Cluster, gpus: int) -> Row:
 
 def render(rows: Sequence[Row]) -> str:
     """A table in Markdown."""
-    lines = [
-        "| GPUs | global batch | arithmetic ms | all-reduce ms | GPUs take images/s | cores for it "
-        "| images/s | bound by | MB/s read | hours | cost | GiB per GPU |",
-        "|" + " ---: |" * 12,
-    ]
-    lines += [
-        f"| {row.gpus} | {row.global_batch_size:,} | {row.compute_ms:.1f} "
-        f"| {row.all_reduce_ms:.1f} | {row.gpu_img_s:,.0f} | {row.cores:,.0f} "
-        f"| {row.img_s:,.0f} | {row.bound_by} | {row.storage_mb_s:,.0f} "
-        f"| {row.hours:,.1f} | {row.cost:,.0f} | {row.memory_gib:.1f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    columns: dict[str, Callable[[Row], str]] = {
+        "GPUs": lambda r: f"{r.gpus}",
+        "global batch": lambda r: f"{r.global_batch_size:,}",
+        "arithmetic ms": lambda r: f"{r.compute_ms:.1f}",
+        "all-reduce ms": lambda r: f"{r.all_reduce_ms:.1f}",
+        "GPUs take images/s": lambda r: f"{r.gpu_img_s:,.0f}",
+        "cores for it": lambda r: f"{r.cores:,.0f}",
+        "images/s": lambda r: f"{r.img_s:,.0f}",
+        "bound by": lambda r: r.bound_by,
+        "MB/s read": lambda r: f"{r.storage_mb_s:,.0f}",
+        "hours": lambda r: f"{r.hours:,.1f}",
+        "cost": lambda r: f"{r.cost:,.0f}",
+        "GiB per GPU": lambda r: f"{r.memory_gib:.1f}",
+    }
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    return "\n".join(markdown_table(list(columns), cells, "r"))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_xformers.errors import UserError
+from timm_xformers.files.figures import literal, new_figure, save
 from timm_xformers.predicting.images import open_image
 from timm_xformers.predicting.predict import Prediction
 
@@ -27,20 +27,10 @@ def draw_grid(path: Path, predictions: Sequence[Prediction]) -> None:
     Raises:
         UserError: The format is unknown.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = predictions[:MOST_PICTURES]
     columns = min(COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = Figure(
-        figsize=(SIDE_INCHES * columns, (SIDE_INCHES + 0.5) * rows), layout="constrained"
-    )
-    canvas = FigureCanvasAgg(figure)
-    suffix = path.suffix.removeprefix(".").lower()
-    if suffix not in canvas.get_supported_filetypes():
-        known = ", ".join(sorted(canvas.get_supported_filetypes()))
-        raise UserError(f"{path} has no format that can be drawn; end it in one of {known}.")
+    figure = new_figure(SIDE_INCHES * columns, (SIDE_INCHES + 0.5) * rows)
     for place, prediction in enumerate(shown, 1):
         axes = figure.add_subplot(rows, columns, place)
         picture = open_image(prediction.image, "RGB")
@@ -48,13 +38,8 @@ def draw_grid(path: Path, predictions: Sequence[Prediction]) -> None:
         axes.imshow(picture, interpolation=smooth)
         axes.set_axis_off()
         lines = [
-            f"{_short(guess.name)}: {100 * guess.probability:.1f} %"
+            f"{literal(guess.name.partition(',')[0], 20)}: {100 * guess.probability:.1f} %"
             for guess in prediction.classes[:LINES]
         ]
         axes.set_title("\n".join(lines), fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _short(name: str) -> str:
-    name = name.partition(",")[0]
-    return name if len(name) <= 20 else f"{name[:19]}…"
+    save(figure, path)

@@ -12,7 +12,7 @@ from timm_xformers.predicting.evaluate import evaluate
 from timm_xformers.publishing.finished_run import WEIGHTS_FILE, FinishedRun
 from timm_xformers.records.results_json import Record
 
-__all__ = ["convert", "evaluate_half", "write_half"]
+__all__ = ["convert", "evaluate_float16", "write_float16"]
 
 
 def convert(run: FinishedRun, folder: Path, data_dir: str | None = None) -> Record:
@@ -25,13 +25,13 @@ def convert(run: FinishedRun, folder: Path, data_dir: str | None = None) -> Reco
         raise UsageError(f"{folder} exists; choose another --output.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with write_folder(folder) as fresh:
-        write_half(run, fresh)
-        record = evaluate_half(run, fresh, run.record.model, data_dir)
+        write_float16(run, fresh)
+        record = evaluate_float16(run, fresh, run.record.model, data_dir)
         record.save(fresh / "results.json")
     return record
 
 
-def write_half(run: FinishedRun, folder: Path) -> Path:
+def write_float16(run: FinishedRun, folder: Path) -> Path:
     """Write the best weights as float16, with their configuration.
 
     Args:
@@ -60,12 +60,12 @@ def write_half(run: FinishedRun, folder: Path) -> Path:
     return folder / WEIGHTS_FILE
 
 
-def evaluate_half(run: FinishedRun, folder: Path, name: str, data_dir: str | None) -> Record:
+def evaluate_float16(run: FinishedRun, folder: Path, name: str, data_dir: str | None) -> Record:
     """Test the rounded weights, as they will be loaded.
 
     Args:
         run: Where they come from.
-        folder: What `write_half` wrote.
+        folder: What `write_float16` wrote.
         name: What to call the model.
         data_dir: Where the data lies; None takes the run's own folder.
 

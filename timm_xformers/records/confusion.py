@@ -1,13 +1,14 @@
 """Which class is taken for which: per_class.csv and confusion.png."""
 
-import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from timm_xformers.files.figures import literal, new_figure, save
+from timm_xformers.files.tables import plain, write_csv
 from timm_xformers.records.results_json import wilson_interval
 
 __all__ = ["ClassRow", "class_rows", "plot_confusion", "write_class_rows"]
@@ -52,24 +53,22 @@ def class_rows(confusion: Tensor, class_names: Sequence[str]) -> list[ClassRow]:
     """Figures of every class, by label.
 
     Args:
-        confusion: Images by label (rows) and answer (columns), sparse and coalesced (C, C).
+        confusion: Images by label (rows) and answer (columns), sparse and coalesced (C, C): with
+            20,000 classes a dense matrix would take gigabytes.
         class_names: By label; empty if the classes have none.
     """
-    num_classes = confusion.shape[0]
-    names = _names(num_classes, class_names)
-    images, answers, correct = [0] * num_classes, [0] * num_classes, [0] * num_classes
-    worst: list[tuple[int, int | None]] = [(0, None)] * num_classes
-    cells = zip(confusion.indices().T.tolist(), confusion.values().tolist(), strict=True)
-    for (label, answer), count in cells:  # answers of a label ascend, so the first of equals stays
-        images[label] += count
-        answers[answer] += count
+    names = _names(confusion.shape[0], class_names)
+    images, answers = (confusion.sum(dim).to_dense().tolist() for dim in (1, 0))
+    correct = [0] * len(names)
+    worst: list[tuple[int, int | None]] = [(0, None)] * len(names)
+    for (label, answer), count in _cells(confusion):
+        # Answers of a label ascend, so the first among equals stays.
         if label == answer:
             correct[label] = count
         elif count > worst[label][0]:
             worst[label] = (count, answer)
     rows = []
-    for label in range(num_classes):
-        seen, right, given = images[label], correct[label], answers[label]
+    for label, (seen, given, right) in enumerate(zip(images, answers, correct, strict=True)):
         low, high = wilson_interval(right, seen) if seen else (None, None)
         count, other = worst[label]
         rows.append(
@@ -91,10 +90,8 @@ def class_rows(confusion: Tensor, class_names: Sequence[str]) -> list[ClassRow]:
 
 def write_class_rows(path: Path, rows: list[ClassRow]) -> None:
     """Write per_class.csv; empty cells are what could not be measured."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(ClassRow)])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+    names = [field.name for field in dataclasses.fields(ClassRow)]
+    write_csv(path, map(dataclasses.asdict, rows), names)
 
 
 def plot_confusion(path: Path, confusion: Tensor, class_names: Sequence[str], title: str) -> None:
@@ -109,12 +106,10 @@ def plot_confusion(path: Path, confusion: Tensor, class_names: Sequence[str], ti
         class_names: As in `class_rows`.
         title: What stands above.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
 
     num_classes = confusion.shape[0]
-    names = [_short(name) for name in _names(num_classes, class_names)]
+    names = [literal(plain(name), 24) for name in _names(num_classes, class_names)]
     step = -(-num_classes // MOST_CELLS)
     width = -(-num_classes // step)
     counts = torch.sparse_coo_tensor(
@@ -128,9 +123,7 @@ def plot_confusion(path: Path, confusion: Tensor, class_names: Sequence[str], ti
     named = num_classes <= MOST_NAMES
     side = min(max(4.5, 0.42 * num_classes), 11) if named else 9
     longest = max(map(len, names)) if named else 0
-    figure = Figure(figsize=(side + 1.6 + 0.07 * longest, side + 0.6 + 0.07 * longest))
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side + 1.6 + 0.07 * longest, side + 0.6 + 0.07 * longest)
     axes = figure.subplots()
     edge = num_classes - 0.5
     picture = axes.imshow(
@@ -146,7 +139,7 @@ def plot_confusion(path: Path, confusion: Tensor, class_names: Sequence[str], ti
         ticks=[0, 1, 5, 10, 25, 50, 75, 100],
         shrink=0.8,
     )
-    axes.set_title(title, wrap=True, fontsize=10)
+    axes.set_title(literal(title, 200), wrap=True, fontsize=10)
     axes.set_xlabel("answer" if named else "answer (label)")
     axes.set_ylabel("class" if named else "class (label)")
     if named:
@@ -154,9 +147,7 @@ def plot_confusion(path: Path, confusion: Tensor, class_names: Sequence[str], ti
         axes.set_xticks(ticks, names, fontsize=8, rotation=90 if longest > 3 else 0)
         axes.set_yticks(ticks, names, fontsize=8)
     if num_classes <= MOST_COUNTS:
-        for (label, answer), count in zip(
-            confusion.indices().T.tolist(), confusion.values().tolist(), strict=True
-        ):
+        for (label, answer), count in _cells(confusion):
             # Half of the way on the colour scale is a quarter of the images.
             colour = "white" if shares[label, answer] > 0.3 else "black"
             axes.text(answer, label, f"{count}", ha="center", va="center", color=colour, fontsize=8)
@@ -164,18 +155,16 @@ def plot_confusion(path: Path, confusion: Tensor, class_names: Sequence[str], ti
         # A single wrong image among many classes is less than a pixel wide without a guide.
         axes.grid(color="0.5", alpha=0.2, linewidth=0.5)
         axes.set_axisbelow(False)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
+
+
+def _cells(confusion: Tensor) -> Iterator[tuple[tuple[int, int], int]]:
+    return zip(confusion.indices().T.tolist(), confusion.values().tolist(), strict=True)
 
 
 def _names(num_classes: int, class_names: Sequence[str]) -> list[str]:
     """Names by label; a model wider than the data has labels without a name."""
     return [*class_names, *map(str, range(len(class_names), num_classes))][:num_classes]
-
-
-def _short(name: str) -> str:
-    # A dollar sign would begin a formula.
-    name = name.replace("$", r"\$")
-    return name if len(name) <= 24 else f"{name[:22]}…"
 
 
 def _percent(share: float | None) -> float | None:

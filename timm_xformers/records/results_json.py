@@ -5,9 +5,9 @@ Training and evaluation write the same type, so that reports and cards read both
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -35,8 +35,6 @@ __all__ = [
     "wilson_interval",
 ]
 
-# Standard normal quantile of a two-sided interval of 95 %.
-Z_95 = 1.959963984540054
 VERSIONS_OF = ("timm", "torch", "torchvision", "accelerate", "numpy")
 
 
@@ -145,16 +143,13 @@ def split_fields(split: str, metrics: "Metrics") -> dict[str, Any]:
     }
 
 
+@functools.cache
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """95 % score interval of a share (Wilson 1927); stays within [0, 1] and works at both ends."""
-    share = right / total
-    scale = 1 + Z_95**2 / total
-    centre = (share + Z_95**2 / (2 * total)) / scale
-    half = Z_95 / scale * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
-    # Exactly 0 and 1 in theory; rounding may leave 1e-17 beside them.
-    low = 0.0 if right == 0 else centre - half
-    high = 1.0 if right == total else centre + half
-    return low, high
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, total).proportion_ci(0.95, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

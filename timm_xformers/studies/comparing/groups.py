@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from timm_xformers.files.tables import plain
 from timm_xformers.recipe import NO_INFLUENCE
 from timm_xformers.records.find_runs import Run
 from timm_xformers.records.results_json import Record
 
-__all__ = ["SAME", "Estimate", "Group", "Metric", "group_runs", "plain", "sort_groups"]
+__all__ = ["SAME", "Estimate", "Group", "Metric", "group_runs", "sort_groups"]
 
 Metric = Literal["test", "val"]
 
@@ -49,10 +50,10 @@ TELLING_LAST = ("recipe_hash", *SAME)
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over runs with its 95 % interval.
+    """A mean over runs in percent, with its 95 % interval.
 
     Attributes:
-        mean: Over the runs, in percent.
+        mean: Over the runs.
         deviation: Standard deviation of the sample of runs (n - 1); None for a single one.
         low: Lower end of the interval.
         high: Upper end of it.
@@ -112,13 +113,12 @@ class Group:
                 return None
             low, high = intervals[0]
             return Estimate(values[0], None, low, high, "Wilson")
-        from scipy.special import stdtrit
+        from scipy.stats import t
 
         mean, deviation = statistics.fmean(values), statistics.stdev(values)
-        quantile = float(stdtrit(len(values) - 1, 0.975))
-        half = quantile * deviation / math.sqrt(len(values))
+        margin = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
         # Student's interval knows nothing of the ends of the scale.
-        return Estimate(mean, deviation, max(mean - half, 0.0), min(mean + half, 100.0), "t")
+        return Estimate(mean, deviation, max(mean - margin, 0.0), min(mean + margin, 100.0), "t")
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -163,13 +163,6 @@ def sort_groups(groups: Sequence[Group], by: str, metric: Metric) -> list[Group]
         return value is None, value or 0.0, group.label, record.data, _identity(record)
 
     return sorted(groups, key=key)
-
-
-def plain(value: Any) -> str:
-    """A field's value as words: mappings without brackets, nothing for None."""
-    if isinstance(value, dict):
-        return " ".join(f"{name}={plain(entry)}" for name, entry in value.items())
-    return "" if value is None else str(value)
 
 
 def _identity(record: Record) -> str:

@@ -1,6 +1,5 @@
 """A comparison of runs: report.md with pictures, report.csv by group, runs.csv by run."""
 
-import csv
 import dataclasses
 import json
 from collections import Counter
@@ -9,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_xformers.errors import UsageError, UserError
+from timm_xformers.files.atomic import write_text
+from timm_xformers.files.tables import markdown_table, plain, write_csv
 from timm_xformers.records.find_runs import Skipped, find_runs
-from timm_xformers.records.results_json import Record
 from timm_xformers.studies.comparing.groups import (
     SAME,
     Estimate,
@@ -26,17 +26,29 @@ __all__ = ["Report", "report"]
 NAMES = {"test": "test", "val": "validation"}
 # Means over the runs of a group, as report.csv calls them.
 MEANS = ("seconds", "images_per_s", "data_wait_percent", "step_ms")
+# Heading -> cell. Columns that are empty for all groups are left out.
+COLUMNS: dict[str, Callable[[Group], str]] = {
+    "model": lambda g: f"`{g.label}`",
+    "data": lambda g: g.record.data,
+    "parameters": lambda g: f"{g.record.params:,}",
+    "epochs": lambda g: _number(g.record.epochs, 0),
+    "runs (seeds)": lambda g: f"{len(g.runs)} ({plain(g.seeds)})" if g.seeds else f"{len(g.runs)}",
+    "test top-1 %": lambda g: _accuracy(g.top1("test")),
+    "95 %": lambda g: _interval(g.top1("test")),
+    "validation top-1 %": lambda g: _accuracy(g.top1("val")),
+    "95 % ": lambda g: _interval(g.top1("val")),
+    "seconds": lambda g: _number(g.mean("seconds"), 1),
+    "images/s": lambda g: _number(g.mean("images_per_s"), 0),
+    "data wait %": lambda g: _number(g.mean("data_wait_percent"), 1),
+    "ms per update": lambda g: _number(g.mean("step_ms"), 1),
+    "peak MiB": lambda g: _number(g.peak("peak_memory_mib"), 0),
+}
+WORDS = ("model", "data", "runs (seeds)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was compared.
-
-    Attributes:
-        path: The Markdown file.
-        groups: Its rows.
-        skipped: What was left out, and why.
-    """
+    """What was compared: the Markdown file, its rows, and what was left out and why."""
 
     path: Path
     groups: list[Group]
@@ -66,13 +78,20 @@ def report(
         raise UserError(f"There is no finished run to compare: {reasons}{more}.")
     groups = sort_groups(group_runs(runs), sort, metric)
     output.mkdir(parents=True, exist_ok=True)
-    _write_groups(output / "report.csv", groups)
-    _write_runs(output / "runs.csv", groups)
+    write_csv(output / "report.csv", map(_group_row, groups))
+    write_csv(
+        output / "runs.csv",
+        [
+            {"source": run.source, "label": group.label, **_cells(dataclasses.asdict(run.record))}
+            for group in groups
+            for run in group.runs
+        ],
+    )
     for name in PLOTS:
         (output / name).unlink(missing_ok=True)
     plots = plot_report(output, groups, metric)
     path = output / "report.md"
-    path.write_text(_markdown(groups, skipped, plots, sort, metric), encoding="utf-8")
+    write_text(path, _markdown(groups, skipped, plots, sort, metric))
     return Report(path, groups, skipped)
 
 
@@ -80,8 +99,14 @@ def _markdown(
     groups: list[Group], skipped: list[Skipped], plots: list[str], sort: str, metric: Metric
 ) -> str:
     records = [run.record for group in groups for run in group.runs]
+    cells = {name: [cell(group) for group in groups] for name, cell in COLUMNS.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
     lines = [f"# {len(records)} runs in {len(groups)} groups", ""]
-    lines += _table(groups)
+    lines += markdown_table(
+        [name.strip() for name in cells],
+        [[cell or "-" for cell in row] for row in zip(*cells.values(), strict=True)],
+        "".join("l" if name in WORDS else "r" for name in cells),
+    )
     lines += [
         "",
         f"Sorted by {f'{NAMES[metric]} top-1' if sort == 'accuracy' else sort}. Accuracies are "
@@ -91,53 +116,18 @@ def _markdown(
         "and speeds are means, memory is the highest run's.",
         "",
     ]
-    lines += [f"{_facts(records)}", ""]
+    shared = []
+    for what in ("versions", "hardware"):
+        same, _ = _shared([getattr(record, what) for record in records])
+        if same:
+            shared.append(f"{what.capitalize()}: {', '.join(f'{k} {v}' for k, v in same.items())}.")
+    lines += [" ".join(shared), ""]
     lines += [f"**Mind:** {note}" for note in _notes(groups)]
     lines += [f"![{PLOTS[name]}]({name})\n" for name in plots]
     if skipped:
         lines += ["", "Left out:", ""]
         lines += [f"- `{entry.source}` {entry.reason}" for entry in skipped]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(groups: list[Group]) -> list[str]:
-    columns: dict[str, Callable[[Group], str]] = {
-        "model": lambda g: f"`{g.label}`".replace("|", r"\|"),
-        "data": lambda g: g.record.data.replace("|", r"\|"),
-        "parameters": lambda g: f"{g.record.params:,}",
-        "epochs": lambda g: _number(g.record.epochs, 0),
-        "runs (seeds)": lambda g: f"{len(g.runs)} ({_seeds(g)})" if g.seeds else f"{len(g.runs)}",
-        "test top-1 %": lambda g: _accuracy(g.top1("test")),
-        "95 %": lambda g: _interval(g.top1("test")),
-        "validation top-1 %": lambda g: _accuracy(g.top1("val")),
-        "95 % ": lambda g: _interval(g.top1("val")),
-        "seconds": lambda g: _number(g.mean("seconds"), 1),
-        "images/s": lambda g: _number(g.mean("images_per_s"), 0),
-        "data wait %": lambda g: _number(g.mean("data_wait_percent"), 1),
-        "ms per update": lambda g: _number(g.mean("step_ms"), 1),
-        "peak MiB": lambda g: _number(g.peak("peak_memory_mib"), 0),
-    }
-    cells = {name: [cell(group) for group in groups] for name, cell in columns.items()}
-    cells = {name: column for name, column in cells.items() if any(column)}
-    numbers = set(columns) - {"model", "data", "runs (seeds)"}
-    rows = [
-        [name.strip() for name in cells],
-        ["---:" if name in numbers else "---" for name in cells],
-        *([column[i] or "-" for column in cells.values()] for i in range(len(groups))),
-    ]
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _facts(records: list[Record]) -> str:
-    """Versions and hardware that all records share."""
-    versions, _ = _shared([record.versions for record in records])
-    hardware, _ = _shared([record.hardware for record in records])
-    parts = []
-    if versions:
-        parts.append("Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".")
-    if hardware:
-        parts.append("Hardware: " + ", ".join(f"{k} {v}" for k, v in hardware.items()) + ".")
-    return " ".join(parts)
 
 
 def _notes(groups: list[Group]) -> list[str]:
@@ -170,64 +160,35 @@ def _notes(groups: list[Group]) -> list[str]:
 
 def _shared(
     facts: Sequence[dict[str, Any]],
-) -> tuple[dict[str, Any], dict[str, Counter[str]]]:
+) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     """What all agree on, and for the rest how many say what."""
     names = list(dict.fromkeys(name for fact in facts for name in fact))
     counts = {name: Counter(str(fact.get(name, "unknown")) for fact in facts) for name in names}
     shared = {name: facts[0][name] for name in names if len(counts[name]) == 1}
-    mixed = {
-        name: Counter(dict(sorted(counts[name].items()))) for name in names if len(counts[name]) > 1
-    }
-    return shared, mixed
+    return shared, {n: dict(sorted(c.items())) for n, c in counts.items() if len(c) > 1}
 
 
-def _write_groups(path: Path, groups: list[Group]) -> None:
-    rows = []
-    for group in groups:
-        row: dict[str, Any] = {"label": group.label}
-        row |= {name: _cell(getattr(group.record, name)) for name in SAME}
-        row |= {"runs": len(group.runs), "seeds": _seeds(group)}
-        for metric in ("test", "val"):
-            top1 = group.top1(metric)
-            values = {} if top1 is None else dataclasses.asdict(top1)
-            for field in dataclasses.fields(Estimate):
-                unit = "" if field.name == "method" else "_percent"
-                row[f"{metric}_top1_{field.name}{unit}"] = _rounded(values.get(field.name))
-        row |= {f"{name}_mean": _rounded(group.mean(name)) for name in MEANS}
-        row["peak_memory_mib_max"] = group.peak("peak_memory_mib")
-        rows.append(row)
-    _write_csv(path, rows)
+def _group_row(group: Group) -> dict[str, Any]:
+    """A line of report.csv."""
+    row: dict[str, Any] = {"label": group.label}
+    row |= _cells({name: getattr(group.record, name) for name in SAME})
+    row |= {"runs": len(group.runs), "seeds": plain(group.seeds)}
+    for metric in ("test", "val"):
+        top1 = group.top1(metric)
+        for field in dataclasses.fields(Estimate):
+            unit = "" if field.name == "method" else "_percent"
+            row[f"{metric}_top1_{field.name}{unit}"] = _rounded(getattr(top1, field.name, None))
+    row |= {f"{name}_mean": _rounded(group.mean(name)) for name in MEANS}
+    return row | {"peak_memory_mib_max": group.peak("peak_memory_mib")}
 
 
-def _write_runs(path: Path, groups: list[Group]) -> None:
-    _write_csv(
-        path,
-        [
-            {"source": run.source, "label": group.label}
-            | {name: _cell(value) for name, value in dataclasses.asdict(run.record).items()}
-            for group in groups
-            for run in group.runs
-        ],
-    )
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, (dict, list)) else value
+def _cells(values: dict[str, Any]) -> dict[str, Any]:
+    """Mappings and lists as JSON, which programs read back."""
+    return {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in values.items()}
 
 
 def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
-
-
-def _seeds(group: Group) -> str:
-    return " ".join(map(str, group.seeds))
 
 
 def _number(value: float | None, digits: int) -> str:

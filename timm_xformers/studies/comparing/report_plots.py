@@ -7,6 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_xformers.files.figures import (
+    COLOURS,
+    MARKERS,
+    literal,
+    new_figure,
+    save,
+    whole_numbers,
+)
 from timm_xformers.studies.comparing.groups import Group, Metric
 
 __all__ = ["PLOTS", "plot_report"]
@@ -21,9 +29,6 @@ PLOTS = {
 # Above this many, names beside the points would be too small; they go into a legend.
 MOST_LABELS = 12
 LEGEND_ROWS = 24
-MARKERS = "osD^vP*X<>"
-# Okabe and Ito's colours, apart for every kind of colour vision; yellow is too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 
 
@@ -77,18 +82,14 @@ def _draw(
         y_label: Of the vertical axis.
         draw: Draws one group in a style and returns the place that its name belongs to.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     sets = list(dict.fromkeys(group.record.data for group in shown))
     # Names stand at the right; a letter of 8 points is about 0.075 inches wide.
     longest = max(len(_short(group.label)) for group in shown)
     most = max(Counter(group.record.data for group in shown).values())
     columns = math.ceil(most / LEGEND_ROWS) if most > MOST_LABELS else 1
-    size = (7 + columns * (0.3 + 0.075 * longest), 4.8 * len(sets))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7 + columns * (0.3 + 0.075 * longest), 4.8 * len(sets))
     panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for axes, data in zip(panels, sets, strict=True):
         members = [group for group in shown if group.record.data == data]
@@ -100,7 +101,7 @@ def _draw(
         axes.margins(x=0.06)
         low, high = min(x for x, _ in places), max(x for x, _ in places)
         if draw is _lines:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            whole_numbers(axes)
         elif high > 10 * low:
             axes.set_xscale("log")
             steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
@@ -108,16 +109,11 @@ def _draw(
             axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.12g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         if len(members) > MOST_LABELS:
-            axes.legend(
-                loc="upper left",
-                bbox_to_anchor=(1.01, 1),
-                fontsize=6.5,
-                ncols=columns,
-                frameon=False,
-            )
+            place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
+            axes.legend(**place, fontsize=6.5, ncols=columns, frameon=False)
         else:
             _name_points(axes, members, places, [_style(groups.index(g)) for g in members])
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def _points(
@@ -140,14 +136,7 @@ def _points(
 def _lines(axes: Any, group: Group, style: dict[str, Any]) -> tuple[float, float]:
     epochs, mean, low, high = zip(*_curve(group), strict=True)
     marker = style["marker"] if len(epochs) == 1 else None
-    axes.plot(
-        epochs,
-        mean,
-        color=style["color"],
-        linestyle=style["linestyle"],
-        marker=marker,
-        label=_short(group.label),
-    )
+    axes.plot(epochs, mean, **(style | {"marker": marker}), label=_short(group.label))
     axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     return epochs[-1], mean[-1]
 
@@ -183,6 +172,8 @@ def _name_points(
     for number in reversed(range(len(heights))):  # and down again from the top
         heights[number] = min(heights[number], ceiling)
         ceiling = heights[number] - gap
+    line = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6}
+    line |= {"shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
     for i, height in zip(order, heights, strict=True):
         axes.annotate(
             _short(members[i].label),
@@ -193,15 +184,7 @@ def _name_points(
             va="center",
             color=styles[i]["color"],
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": styles[i]["color"],
-                "linewidth": 0.6,
-                "alpha": 0.6,
-                "shrinkA": 0,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=line | {"color": styles[i]["color"]},
         )
 
 
@@ -219,6 +202,5 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _short(label: str) -> str:
-    # The end of a long name is a setting or a folder and tells it from others; $ begins a formula.
-    label = label if len(label) <= 60 else f"{label[:20]}…{label[-38:]}"
-    return label.replace("$", r"\$")
+    """The end of a long name is a setting or a folder and tells it from others."""
+    return literal(label, 20, 40)

@@ -4,7 +4,6 @@ Rule: the highest mean validation top-1 over the folds; among equals the lower m
 parameters, then the one that came first. Only configurations that finished every fold take part.
 """
 
-import csv
 import dataclasses
 import json
 import statistics
@@ -12,22 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_xformers.files.atomic import write_file, write_text
+from timm_xformers.files.atomic import write_text
+from timm_xformers.files.figures import BLUE, VERMILION, literal, new_figure, save
+from timm_xformers.files.tables import markdown_table, write_csv
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_json import Record
 from timm_xformers.studies.selecting.folds import FoldResult
 
-__all__ = ["Summary", "best_of", "plot_selection", "summarize", "write_csv", "write_markdown"]
+__all__ = ["Summary", "best_of", "plot_selection", "summarize", "write_folds", "write_markdown"]
 
 # More rows than this cannot be read in one image.
 MOST_ROWS = 40
-# Two of Okabe and Ito's colours, apart for every kind of colour vision.
-COLOR, BEST_COLOR = "#0072B2", "#D55E00"
+HEADS = ("", "configuration", "parameters", "top-1 %", "loss", "top-1 % by fold", "seconds a fold")
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One configuration over its folds.
+    """One configuration over its folds; figures are of each fold's last epoch.
 
     Attributes:
         number: Its place in the search, from 1.
@@ -42,34 +42,32 @@ class Summary:
     complete: bool
 
     @property
+    def fold_top1_percent(self) -> list[float]:
+        """Accuracy of each fold."""
+        return [result.val_top1_percent[-1] for result in self.results]
+
+    @property
     def top1_percent(self) -> float:
-        """Mean of the last epoch's accuracy over the folds."""
+        """Its mean over the folds."""
         return statistics.fmean(self.fold_top1_percent)
 
     @property
     def top1_deviation(self) -> float | None:
-        """Sample standard deviation over the folds (n - 1); None for one fold."""
-        return _deviation(self.fold_top1_percent)
-
-    @property
-    def loss(self) -> float:
-        """Mean of the last epoch's validation loss over the folds."""
-        return statistics.fmean(self.fold_losses)
-
-    @property
-    def loss_deviation(self) -> float | None:
-        """Sample standard deviation of it."""
-        return _deviation(self.fold_losses)
-
-    @property
-    def fold_top1_percent(self) -> list[float]:
-        """Accuracy of each fold after its last epoch."""
-        return [result.val_top1_percent[-1] for result in self.results]
+        """Its sample standard deviation over the folds (n - 1); None for one fold."""
+        return statistics.stdev(self.fold_top1_percent) if len(self.results) > 1 else None
 
     @property
     def fold_losses(self) -> list[float]:
-        """Loss of each fold after its last epoch."""
+        """Validation loss of each fold."""
         return [result.val_loss[-1] for result in self.results]
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """Sorts the best first, as the rule has it, and unfinished ones to the end."""
+        if not self.complete:
+            return (1, self.number)
+        loss = statistics.fmean(self.fold_losses)
+        return (0, -self.top1_percent, loss, self.params or 0, self.number)
 
     @property
     def params(self) -> int | None:
@@ -85,13 +83,7 @@ class Summary:
 def summarize(
     configurations: Sequence[dict[str, Any]], results: Sequence[Sequence[FoldResult]], folds: int
 ) -> list[Summary]:
-    """Put results beside their configurations.
-
-    Args:
-        configurations: In the order in which they are counted.
-        results: Those of each configuration, by fold.
-        folds: How many a complete configuration has.
-    """
+    """Put the results of each configuration, by fold, beside it; ``folds`` of them are complete."""
     return [
         Summary(
             number,
@@ -105,40 +97,22 @@ def summarize(
 
 def best_of(summaries: Sequence[Summary]) -> Summary | None:
     """Apply the rule; None if no configuration is complete."""
-    return min(
-        (summary for summary in summaries if summary.complete),
-        key=lambda summary: (-summary.top1_percent, summary.loss, summary.params, summary.number),
-        default=None,
-    )
+    return min((s for s in summaries if s.complete), key=lambda s: s.rank, default=None)
 
 
-def write_csv(path: Path, summaries: Sequence[Summary], keys: Sequence[str]) -> None:
-    """One row for every configuration and fold that was begun."""
-    with write_file(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        head = "state,epochs,val_top1_percent,val_loss,val_images,train_images,params,seconds"
-        writer.writerow(["configuration", *keys, "fold", *head.split(",")])
-        for summary in summaries:
-            for result in summary.results:
-                measured = bool(result.val_loss)
-                writer.writerow(
-                    [
-                        summary.number,
-                        *[
-                            _exact(summary.values[key]) if key in summary.values else ""
-                            for key in keys
-                        ],
-                        result.fold,
-                        result.state,
-                        result.epochs,
-                        repr(result.val_top1_percent[-1]) if measured else "",
-                        repr(result.val_loss[-1]) if measured else "",
-                        result.val_images,
-                        result.train_images,
-                        "" if result.params is None else result.params,
-                        result.seconds,
-                    ]
-                )
+def write_folds(path: Path, summaries: Sequence[Summary], keys: Sequence[str]) -> None:
+    """One row for every configuration and fold that was begun; values are as YAML reads them."""
+    head = ("state", "epochs", "val_top1_percent", "val_loss", "val_images", "train_images")
+    rows = []
+    for summary in summaries:
+        for result in summary.results:
+            row: dict[str, Any] = {"configuration": summary.number}
+            row |= {key: _exact(value) for key, value in summary.values.items()}
+            row |= dataclasses.asdict(result)
+            for name in ("val_top1_percent", "val_loss"):
+                row[name] = next(reversed(row[name]), None)
+            rows.append(row)
+    write_csv(path, rows, ["configuration", *keys, "fold", *head, "params", "seconds"])
 
 
 def write_markdown(
@@ -166,11 +140,11 @@ def write_markdown(
         f"{len(summaries)} configurations, {held_out}. Validation after the last epoch, mean ± "
         "sample standard deviation over the folds; no test image was looked at.",
         "",
-        "| | configuration | parameters | top-1 % | loss | top-1 % by fold | seconds a fold |",
-        "| ---: | --- | ---: | ---: | ---: | --- | ---: |",
-    ]
-    lines += [_row(summary, summary is best) for summary in _in_order(summaries)]
-    lines += [
+        *markdown_table(
+            HEADS,
+            [_row(summary, summary is best) for summary in sorted(summaries, key=lambda s: s.rank)],
+            "rlrrrlr",
+        ),
         "",
         "Rule: the highest mean top-1; among equals the lower mean loss, then fewer parameters. "
         f"Best is **{best.number}** ({best.label}): `best.yaml`.",
@@ -188,88 +162,66 @@ def write_markdown(
 
 def plot_selection(path: Path, recipe: Recipe, summaries: Sequence[Summary], best: Summary) -> None:
     """Draw the folds of every complete configuration, their mean and deviation, the best marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    complete = [summary for summary in _in_order(summaries) if summary.complete]
+    complete = sorted((s for s in summaries if s.complete), key=lambda s: s.rank)
     shown = complete[:MOST_ROWS]
-    figure = Figure(figsize=(9, 2.0 + 0.32 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 2.0 + 0.32 * len(shown))
     axes = figure.subplots()
     for place, summary in enumerate(shown):
-        color = BEST_COLOR if summary is best else COLOR
+        is_best = summary is best
+        color = VERMILION if is_best else BLUE
         values = summary.fold_top1_percent
-        first = place == 0
-        axes.plot(
-            values,
-            [place] * len(values),
-            marker="o",
-            linestyle="none",
-            markersize=5,
-            markerfacecolor="none",
-            color=color,
-            label="a fold" if first else None,
-        )
+        hollow = {"marker": "o", "markersize": 5, "markerfacecolor": "none", "linestyle": "none"}
+        label = "a fold" if place == 0 else None
+        axes.plot(values, [place] * len(values), color=color, label=label, **hollow)
         axes.errorbar(
             summary.top1_percent,
             place,
             xerr=summary.top1_deviation,
-            marker="D" if summary is best else "s",
-            markersize=8 if summary is best else 5,
+            marker="D" if is_best else "s",
+            markersize=8 if is_best else 5,
             capsize=4,
             color=color,
-            label="best: mean ± deviation" if first else "mean ± deviation" if place == 1 else None,
+            label=("best: mean ± deviation", "mean ± deviation", None)[min(place, 2)],
         )
-    axes.set_yticks(range(len(shown)), [f"{s.label}   {s.number}" for s in shown])
+    axes.set_yticks(range(len(shown)), [literal(f"{s.label}   {s.number}", 200) for s in shown])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.invert_yaxis()
     axes.set_xlabel("Validation top-1 accuracy (%)")
     note = f", the best {MOST_ROWS} of {len(complete)}" if len(complete) > MOST_ROWS else ""
-    axes.set_title(f"{recipe.model} on {recipe.data}{note}")
+    axes.set_title(literal(f"{recipe.model} on {recipe.data}{note}", 200))
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3)
-    with write_file(path) as fresh:
-        figure.savefig(fresh, dpi=120)
+    save(figure, path)
 
 
-def _in_order(summaries: Sequence[Summary]) -> list[Summary]:
-    """The best first, as the rule has it; unfinished ones at the end."""
-    return sorted(
-        summaries,
-        key=lambda s: (
-            (0, -s.top1_percent, s.loss, s.params, s.number) if s.complete else (1, s.number)
-        ),
-    )
-
-
-def _row(summary: Summary, is_best: bool) -> str:
+def _row(summary: Summary, is_best: bool) -> list[Any]:
     if summary.complete:
-        figures = [
-            _with_deviation(summary.top1_percent, summary.top1_deviation, 2),
-            _with_deviation(summary.loss, summary.loss_deviation, 4),
-        ]
         seconds = statistics.fmean(result.seconds for result in summary.results)
-        last = [" ".join(f"{value:.2f}" for value in summary.fold_top1_percent), f"{seconds:.0f}"]
+        figures = [
+            _with_deviation(summary.fold_top1_percent, 2),
+            _with_deviation(summary.fold_losses, 4),
+            " ".join(f"{value:.2f}" for value in summary.fold_top1_percent),
+            f"{seconds:.0f}",
+        ]
     else:
-        last_result = summary.results[-1] if summary.results else None
-        figures = ["", ""]
-        last = ["unfinished" if last_result is None else _end(last_result), ""]
+        end = "unfinished"
+        if summary.results:
+            last = summary.results[-1]
+            reason = f": {last.reason}" if last.reason else f" after epoch {last.epochs}"
+            end = f"{last.state} in fold {last.fold}{reason}"
+        figures = ["", "", end, ""]
     label = f"**{summary.label} (best)**" if is_best else summary.label
-    params = "" if summary.params is None else f"{summary.params:,}"
-    return f"| {' | '.join([str(summary.number), label, params, *figures, *last])} |"
+    return [
+        summary.number,
+        label,
+        "" if summary.params is None else f"{summary.params:,}",
+        *figures,
+    ]
 
 
-def _end(result: FoldResult) -> str:
-    reason = f": {result.reason}" if result.reason else f" after epoch {result.epochs}"
-    return f"{result.state} in fold {result.fold}{reason}".replace("|", "\\|")
-
-
-def _with_deviation(mean: float, deviation: float | None, digits: int) -> str:
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
-
-
-def _deviation(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+def _with_deviation(values: list[float], digits: int) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def _exact(value: Any) -> str:

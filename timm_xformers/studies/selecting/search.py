@@ -29,6 +29,10 @@ __all__ = ["POLL_SECONDS", "Search"]
 POLL_SECONDS = 0.2
 
 
+def _file(name: str, what: str) -> Any:
+    return property(lambda search: search.root / name, doc=what)
+
+
 @dataclasses.dataclass(frozen=True)
 class Search:
     """A recipe, what varies in it, and the folder that receives everything.
@@ -42,46 +46,14 @@ class Search:
     recipe: Recipe
     space: Space
     root: Path
-
-    @property
-    def definition(self) -> Path:
-        """What is selected from what."""
-        return self.root / "search.yaml"
-
-    @property
-    def database(self) -> Path:
-        """Optuna's study."""
-        return self.root / "study.db"
-
-    @property
-    def csv(self) -> Path:
-        """One row per configuration and fold."""
-        return self.root / "selection.csv"
-
-    @property
-    def markdown(self) -> Path:
-        """The table, best first."""
-        return self.root / "selection.md"
-
-    @property
-    def plot(self) -> Path:
-        """The same, drawn."""
-        return self.root / "selection.png"
-
-    @property
-    def best(self) -> Path:
-        """The recipe that was chosen."""
-        return self.root / "best.yaml"
-
-    @property
-    def final(self) -> Path:
-        """Run folder of the training on all images."""
-        return self.root / "final"
-
-    @property
-    def log(self) -> Path:
-        """A line for everything that was finished."""
-        return self.root / "log.txt"
+    definition = _file("search.yaml", "What is selected from what.")
+    database = _file("study.db", "Optuna's study.")
+    csv = _file("selection.csv", "One row per configuration and fold.")
+    markdown = _file("selection.md", "The table, best first.")
+    plot = _file("selection.png", "The same, drawn.")
+    best = _file("best.yaml", "The recipe that was chosen.")
+    final = _file("final", "Run folder of the training on all images.")
+    log = _file("log.txt", "A line for everything that was finished.")
 
     def create(self, folds: Folds, check: Callable[[], None]) -> None:
         """Create the folder, or enter one that was created for the same search.
@@ -96,7 +68,10 @@ class Search:
         text = self._definition(folds)
         try:
             if not self.definition.is_file():
-                if self.root.exists() and (not self.root.is_dir() or self._strangers()):
+                if self.root.exists() and (
+                    not self.root.is_dir()
+                    or any(path.name not in ("locks", "folds") for path in self.root.iterdir())
+                ):
                     raise UsageError(f"{self.root} is not empty; choose another --output.")
                 check()
                 (self.root / "locks").mkdir(parents=True, exist_ok=True)
@@ -114,10 +89,6 @@ class Search:
                 f"{self.root} holds another search ({self.definition} says which); choose another "
                 "--output."
             )
-
-    def _strangers(self) -> bool:
-        """Whether somebody else's files are in the folder."""
-        return any(path.name not in ("locks", "folds") for path in self.root.iterdir())
 
     def _definition(self, folds: Folds) -> str:
         """What must not change from one start to the next."""

@@ -26,7 +26,7 @@ from timm_xformers.studies.selecting.ranking import (
     best_of,
     plot_selection,
     summarize,
-    write_csv,
+    write_folds,
     write_markdown,
 )
 from timm_xformers.studies.selecting.search import POLL_SECONDS, Search
@@ -72,7 +72,7 @@ def select(
     with search.claim("final", wait=True):
         summaries = _summaries(search)
         best = best_of(summaries)
-        write_csv(search.csv, summaries, space.keys)
+        write_folds(search.csv, summaries, space.keys)
         if best is None:
             reasons = [r.reason for s in summaries for r in s.results if r.reason]
             raise UserError(

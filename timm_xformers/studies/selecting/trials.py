@@ -28,7 +28,7 @@ STUDY = "selection"
 def tried(search: Search) -> list[dict[str, Any]]:
     """Configurations in the order of their first trial."""
     found: list[dict[str, Any]] = []
-    for trial in _open_study(search).get_trials(deepcopy=False):
+    for trial in _open_study(search)[0].get_trials(deepcopy=False):
         values = _values(search, trial.params)
         if values not in found:
             found.append(values)
@@ -41,16 +41,16 @@ def work_on_trials(search: Search, folds: Folds) -> None:
     Raises:
         UserError: The images cannot be read.
     """
-    study = _open_study(search)
+    study, storage = _open_study(search)
     while True:
-        found = _run_one(study, search, folds)
+        found = _run_one(study, storage, search, folds)
         if found is None:
             return
         if not found:
             time.sleep(POLL_SECONDS)
 
 
-def _run_one(study: Any, search: Search, folds: Folds) -> bool | None:
+def _run_one(study: Any, storage: Any, search: Search, folds: Folds) -> bool | None:
     """Run an abandoned trial or a new one.
 
     Returns:
@@ -72,7 +72,7 @@ def _run_one(study: Any, search: Search, folds: Folds) -> bool | None:
             return False if left else None
         # Whoever held it may have finished it since the list was read.
         if not study.get_trials(deepcopy=False)[number].state.is_finished():
-            _run_trial(study, search, folds, number)
+            _run_trial(study, storage, search, folds, number)
         return True
 
 
@@ -103,10 +103,9 @@ def _add_trial(study: Any, search: Search) -> None:
     )
 
 
-def _run_trial(study: Any, search: Search, folds: Folds, number: int) -> None:
+def _run_trial(study: Any, storage: Any, search: Search, folds: Folds, number: int) -> None:
     import optuna
 
-    storage = study._storage
     study_id = storage.get_study_id_from_name(STUDY)
     trial = optuna.trial.Trial(
         study, storage.get_trial_id_from_study_id_trial_number(study_id, number)
@@ -141,7 +140,8 @@ def _run_trial(study: Any, search: Search, folds: Folds, number: int) -> None:
     study.tell(number, statistics.fmean(top1))
 
 
-def _open_study(search: Search) -> Any:
+def _open_study(search: Search) -> tuple[Any, Any]:
+    """The study, and the storage that it is kept in."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -150,13 +150,14 @@ def _open_study(search: Search) -> Any:
             f"sqlite:///{search.database}",
             engine_kwargs={"connect_args": {"timeout": 60}},  # seconds that writers wait in line
         )
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=STUDY,
             storage=storage,
             direction="maximize",
             pruner=_pruner(search),
             load_if_exists=True,
         )
+        return study, storage
     except Exception as error:
         # Whatever a damaged file makes sqlite, alembic or Optuna raise, the cause is the same.
         raise UserError(

@@ -40,14 +40,14 @@ FUSED_OPERATOR = "timm_xformers::performer"
 
 
 def measure_time(
-    point: Point, contenders: list[Contender], plan: dict[str, Any], watch: Stopwatch
+    point: Point, contenders: list[Contender], effort: dict[str, Any], watch: Stopwatch
 ) -> dict[str, Any]:
     """One point.
 
     Args:
         point: Where.
         contenders: Who; one that fails is left out with its reason.
-        plan: ``rounds``, ``min_ms``, ``limit_seconds`` and ``seed``.
+        effort: ``rounds``, ``min_ms``, ``limit_seconds`` and ``seed``.
         watch: How time is taken.
 
     Returns:
@@ -64,8 +64,8 @@ def measure_time(
     for contender in contenders:
         label = contender.label
         try:
-            step, params[label] = _prepare(contender, point, plan["seed"])
-            repeats[label], extra = warm_up(step, watch, plan["min_ms"] / 1e3)
+            step, params[label] = _prepare(contender, point, effort["seed"])
+            repeats[label], extra = warm_up(step, watch, effort["min_ms"] / 1e3)
         except Exception as error:  # whatever another package, or a compiler, comes up with
             left_out[label] = _reason(error)
             continue
@@ -76,9 +76,9 @@ def measure_time(
         steps,
         repeats,
         watch,
-        rounds=plan["rounds"],
-        limit_seconds=plan["limit_seconds"],
-        seed=plan["seed"],
+        rounds=effort["rounds"],
+        limit_seconds=effort["limit_seconds"],
+        seed=effort["seed"],
     )
     return {
         "seconds": seconds,
@@ -149,13 +149,13 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of packages about packages
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
-    device, seed = job["device"], job["plan"]["seed"]
+    device, seed = job["device"], job["effort"]["seed"]
     for entry in job["work"]:
         point = Point(**entry["point"])
         contenders = [Contender(**values) for values in entry["contenders"]]
         if job["kind"] == "time":
             watch = GpuStopwatch() if device == "cuda" else HostStopwatch(job["threads"])
-            found = measure_time(point, contenders, job["plan"], watch)
+            found = measure_time(point, contenders, job["effort"], watch)
         elif can_fork(device):
             found = _in_fork(functools.partial(measure_memory, point, contenders[0], seed))
         else:

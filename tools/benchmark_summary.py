@@ -1,16 +1,35 @@
-"""summary.md: a benchmark of layers in one table, as the README shows it."""
+"""A benchmark of layers in one table, as our pages show it, from its benchmark.csv.
 
-from collections.abc import Mapping, Sequence
+    python -m tools.benchmark_summary docs/speed/readme
+
+writes summary.md beside benchmark.csv.
+"""
+
+import csv
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from timm_xformers.benchmarking.compare import crossover
+from timm_xformers.benchmarking.settings import BASELINE
+from timm_xformers.files.atomic import write_text
+from timm_xformers.files.tables import markdown_table
 
-__all__ = ["summary"]
+__all__ = ["summary", "write_summary"]
 
 Line = Mapping[str, Any]
 # Passes of a cell, before and behind the stroke.
 PASSES = ("forward", "backward")
 FROM = 1024
+
+
+def write_summary(folder: Path) -> Path:
+    """Write summary.md from benchmark.csv of the same folder."""
+    with (folder / "benchmark.csv").open(encoding="utf-8", newline="") as file:
+        table = summary(list(csv.DictReader(file)), BASELINE)
+    write_text(folder / "summary.md", table)
+    return folder / "summary.md"
 
 
 def summary(lines: Sequence[Line], baseline: str) -> str:
@@ -33,7 +52,7 @@ def summary(lines: Sequence[Line], baseline: str) -> str:
         return ""
     heads = [f"× exact at {n:,}" for n in sizes] + [f"× other packages at {n:,}" for n in sizes]
     heads = ["layer", "as fast as exact from", *heads, f"MiB at {sizes[-1]:,}"]
-    table = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    rows = []
     for name in names:
         own = [line for line in steady if line["contender"] == name]
         cells = [f"`{name}`"]
@@ -49,9 +68,8 @@ def summary(lines: Sequence[Line], baseline: str) -> str:
             if line["contender"] == name and int(line["tokens"]) == sizes[-1]
             if line["peak_mib"] not in ("", None)
         ]
-        cells.append(f"{max(peaks):,.0f}" if peaks else "")
-        table.append(f"| {' | '.join(cells)} |")
-    return "\n".join(table) + "\n"
+        rows.append([*cells, f"{max(peaks):,.0f}" if peaks else ""])
+    return "\n".join(markdown_table(heads, rows, "lr")) + "\n"
 
 
 def _start(own: Sequence[Line], task: str) -> str:
@@ -95,7 +113,7 @@ def _milliseconds(own: Sequence[Line], tokens: int) -> str:
     return f"{_both(found)} ms"
 
 
-def _both(cells: Any) -> str:
+def _both(cells: Iterable[str]) -> str:
     """Forward, and with backward; nothing where neither is known."""
     words = list(cells)
     return " / ".join(word or "-" for word in words) if any(words) else ""
@@ -105,3 +123,8 @@ def _clock(line: Line) -> str:
     if line["device"] == "cuda":
         return "gpu"
     return "cpu" if int(line["threads"]) == 1 else "wall"
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(write_summary(Path(argument)))

@@ -1,0 +1,105 @@
+"""Tables as text: Markdown, CSV, and columns for a terminal.
+
+Cells come from names of classes, folders and models, which may be anything: what Markdown, a
+spreadsheet or a terminal would act on is made harmless here, once for all tables.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_xformers.files.atomic import write_text
+
+__all__ = ["csv_text", "markdown_table", "plain", "text_table", "write_csv"]
+
+# Control characters: a terminal would obey them, and a line break ends a row.
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+# What a spreadsheet takes for a formula when a cell begins with it.
+FORMULA = ("=", "+", "-", "@")
+
+
+def plain(value: Any) -> str:
+    """One cell of text: mappings without brackets, lists without commas, nothing for None."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={plain(entry)}" for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(plain, value))
+    return "" if value is None else CONTROLS.sub(" ", str(value))
+
+
+def markdown_table(
+    heads: Sequence[str], rows: Iterable[Sequence[Any]], align: str | None = None
+) -> list[str]:
+    """Lines of a table.
+
+    Args:
+        heads: One per column.
+        rows: Cells, one per column.
+        align: ``l`` (left) or ``r`` (right) for each column, the last letter for all others too;
+            None: right where every cell begins with a digit.
+    """
+    cells = [[plain(cell).replace("|", r"\|") for cell in row] for row in rows]
+    if align is None:
+        align = _sides(cells)
+    align = align.ljust(len(heads), align[-1:] or "l")
+    rule = ["---:" if side == "r" else "---" for side in align[: len(heads)]]
+    return [f"| {' | '.join(row)} |" for row in ([*heads], rule, *cells)]
+
+
+def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Columns for a terminal, those whose cells all begin with a digit flush right."""
+    cells = [[plain(cell) for cell in row] for row in rows]
+    sides = _sides(cells)
+    lines = [[*heads], *cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, width, side in zip(row, widths, sides.ljust(len(row), "l"), strict=True)
+        ).rstrip()
+        for row in lines
+    )
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], names: Sequence[str] | None = None) -> str:
+    """Rows as CSV; an empty cell is what is not known.
+
+    Args:
+        rows: Values by column. Numbers are written in full.
+        names: The columns; None: those of the first row.
+    """
+    rows = list(rows)
+    names = list(rows[0] if names is None and rows else names or ())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if names:
+        writer.writerow(names)
+    writer.writerows([_csv_cell(row.get(name)) for name in names] for row in rows)
+    return text.getvalue()
+
+
+def write_csv(
+    path: Path, rows: Iterable[Mapping[str, Any]], names: Sequence[str] | None = None
+) -> None:
+    """Replace a file by `csv_text`."""
+    write_text(path, csv_text(rows, names))
+
+
+def _sides(cells: Sequence[Sequence[str]]) -> str:
+    columns = zip(*cells, strict=True)
+    return "".join("r" if all(c[:1].isdigit() for c in column) else "l" for column in columns)
+
+
+def _csv_cell(value: Any) -> Any:
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = plain(value)
+    if text.startswith(FORMULA):
+        try:
+            float(text)
+        except ValueError:
+            return f"'{text}"
+    return text
