@@ -1,33 +1,24 @@
-"""Tables as text: Markdown, CSV, and columns for a terminal.
-
-Cells come from names of classes, folders and models, which may be anything: what Markdown, a
-spreadsheet or a terminal would act on is made harmless here, once for all tables.
-"""
+"""Tables as text: Markdown, CSV, and columns for a terminal."""
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm_xformers.files.atomic import write_text
+from timm_xformers.files.text import plain
 
-__all__ = ["csv_text", "markdown_table", "plain", "text_table", "write_csv"]
-
-# Control characters: a terminal would obey them, and a line break ends a row.
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-# What a spreadsheet takes for a formula when a cell begins with it.
-FORMULA = ("=", "+", "-", "@")
+__all__ = ["csv_text", "markdown_table", "text_table", "words", "write_csv"]
 
 
-def plain(value: Any) -> str:
+def words(value: Any) -> str:
     """One cell of text: mappings without brackets, lists without commas, nothing for None."""
     if isinstance(value, dict):
-        return " ".join(f"{name}={plain(entry)}" for name, entry in value.items())
+        return " ".join(f"{name}={words(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
-        return " ".join(map(plain, value))
-    return "" if value is None else CONTROLS.sub(" ", str(value))
+        return " ".join(map(words, value))
+    return "" if value is None else plain(str(value))
 
 
 def markdown_table(
@@ -37,11 +28,11 @@ def markdown_table(
 
     Args:
         heads: One per column.
-        rows: Cells, one per column.
+        rows: Cells, one per column, which may hold Markdown; bars are escaped here.
         align: ``l`` (left) or ``r`` (right) for each column, the last letter for all others too;
             None: right where every cell begins with a digit.
     """
-    cells = [[plain(cell).replace("|", r"\|") for cell in row] for row in rows]
+    cells = [[words(cell).replace("|", r"\|") for cell in row] for row in rows]
     if align is None:
         align = _sides(cells)
     align = align.ljust(len(heads), align[-1:] or "l")
@@ -51,7 +42,7 @@ def markdown_table(
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns for a terminal, those whose cells all begin with a digit flush right."""
-    cells = [[plain(cell) for cell in row] for row in rows]
+    cells = [[words(cell) for cell in row] for row in rows]
     sides = _sides(cells)
     lines = [[*heads], *cells]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -96,10 +87,4 @@ def _sides(cells: Sequence[Sequence[str]]) -> str:
 def _csv_cell(value: Any) -> Any:
     if value is None or isinstance(value, (int, float)):
         return value
-    text = plain(value)
-    if text.startswith(FORMULA):
-        try:
-            float(text)
-        except ValueError:
-            return f"'{text}"
-    return text
+    return plain(words(value), "csv")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from timm_xformers.files.figures import literal, new_figure, save
-from timm_xformers.files.tables import plain, write_csv
+from timm_xformers.files.tables import write_csv
+from timm_xformers.files.text import plain
 from timm_xformers.records.results_json import wilson_interval
 
 __all__ = ["ClassRow", "class_rows", "plot_confusion", "write_class_rows"]
