@@ -86,7 +86,7 @@ def drawn(monkeypatch):
     original = Figure.savefig
 
     def save(figure, path, **kwargs):
-        figures[Path(path).name.partition(".tmp-")[0]] = figure
+        figures[Path(path).name.rpartition("-")[2]] = figure  # written under another name
         original(figure, path, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", save)

@@ -10,7 +10,7 @@ from typing import Any
 
 from timm_xformers.commands.options import positive
 from timm_xformers.errors import UsageError
-from timm_xformers.files.tables import csv_text, markdown_table, text_table, words
+from timm_xformers.files.tables import cell_text, csv_text, markdown_table, text_table
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -74,7 +74,7 @@ def _list_mechanisms(args: argparse.Namespace) -> None:
 
     columns: _Columns = {
         "attention": lambda m: m.name,
-        "settings": lambda m: words(m.settings),
+        "settings": lambda m: cell_text(m.settings),
         "exact when": lambda m: m.exact_when,
         "masks": lambda m: m.masks,
         "causal": lambda m: "yes" if m.causal else "no",
@@ -111,7 +111,7 @@ def _list_models(args: argparse.Namespace) -> None:
         f"MiB at batch {batch_size}": lambda m: (
             f"{m.activation_mib:,.{0 if m.activation_mib >= 100 else 1}f}"
         ),
-        "weights": lambda m: words(m.weights) or "-",
+        "weights": lambda m: cell_text(m.weights) or "-",
     }
     for_people = args.format in ("table", "markdown")
     if models or not for_people:

@@ -9,15 +9,15 @@ from typing import Any
 from timm_xformers.files.atomic import write_text
 from timm_xformers.files.text import plain
 
-__all__ = ["csv_text", "markdown_table", "text_table", "words", "write_csv"]
+__all__ = ["cell_text", "csv_text", "markdown_table", "text_table", "write_csv"]
 
 
-def words(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """One cell of text: mappings without brackets, lists without commas, nothing for None."""
     if isinstance(value, dict):
-        return " ".join(f"{name}={words(entry)}" for name, entry in value.items())
+        return " ".join(f"{name}={cell_text(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
-        return " ".join(map(words, value))
+        return " ".join(map(cell_text, value))
     return "" if value is None else plain(str(value))
 
 
@@ -32,7 +32,7 @@ def markdown_table(
         align: ``l`` (left) or ``r`` (right) for each column, the last letter for all others too;
             None: right where every cell begins with a digit.
     """
-    cells = [[words(cell).replace("|", r"\|") for cell in row] for row in rows]
+    cells = [[cell_text(cell).replace("|", r"\|") for cell in row] for row in rows]
     if align is None:
         align = _sides(cells)
     align = align.ljust(len(heads), align[-1:] or "l")
@@ -42,7 +42,7 @@ def markdown_table(
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns for a terminal, those whose cells all begin with a digit flush right."""
-    cells = [[words(cell) for cell in row] for row in rows]
+    cells = [[cell_text(cell) for cell in row] for row in rows]
     sides = _sides(cells)
     lines = [[*heads], *cells]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -87,4 +87,4 @@ def _sides(cells: Sequence[Sequence[str]]) -> str:
 def _csv_cell(value: Any) -> Any:
     if value is None or isinstance(value, (int, float)):
         return value
-    return plain(words(value), "csv")
+    return plain(cell_text(value), "csv")

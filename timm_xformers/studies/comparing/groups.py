@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from timm_xformers.files.tables import words
+from timm_xformers.files.tables import cell_text
 from timm_xformers.recipe import NO_INFLUENCE
 from timm_xformers.records.find_runs import Run
 from timm_xformers.records.results_json import Record
@@ -177,7 +177,7 @@ def _run_key(run: Run) -> tuple[str, bool, int, str, str]:
 def _tell_apart(runs: list[Run]) -> list[str]:
     """Words to put behind one model's name so that all of them differ."""
     of_records = {
-        name: [words(getattr(run.record, name)) for run in runs]
+        name: [cell_text(getattr(run.record, name)) for run in runs]
         for name in (*TELLING, *TELLING_LAST)
     }
     of_recipes = _differing_settings(runs)
@@ -203,6 +203,6 @@ def _differing_settings(runs: list[Run]) -> dict[str, list[str]]:
     known = [name for name in runs[0].settings if name not in (*NO_INFLUENCE, *SAME)]
     if not all(run.settings for run in runs):
         return {}
-    values = {name: [words(run.settings.get(name)) for run in runs] for name in known}
+    values = {name: [cell_text(run.settings.get(name)) for run in runs] for name in known}
     differing = {name: texts for name, texts in values.items() if len(set(texts)) > 1}
     return dict(sorted(differing.items(), key=lambda entry: -len(set(entry[1]))))

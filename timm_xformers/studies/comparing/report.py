@@ -9,7 +9,7 @@ from typing import Any
 
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import write_text
-from timm_xformers.files.tables import markdown_table, words, write_csv
+from timm_xformers.files.tables import cell_text, markdown_table, write_csv
 from timm_xformers.records.find_runs import Skipped, find_runs
 from timm_xformers.studies.comparing.groups import (
     SAME,
@@ -32,7 +32,7 @@ COLUMNS: dict[str, Callable[[Group], str]] = {
     "data": lambda g: g.record.data,
     "parameters": lambda g: f"{g.record.params:,}",
     "epochs": lambda g: _number(g.record.epochs, 0),
-    "runs (seeds)": lambda g: f"{len(g.runs)} ({words(g.seeds)})" if g.seeds else f"{len(g.runs)}",
+    "runs (seeds)": lambda g: f"{len(g.runs)}{_seeds(g.seeds)}",
     "test top-1 %": lambda g: _accuracy(g.top1("test")),
     "95 %": lambda g: _interval(g.top1("test")),
     "validation top-1 %": lambda g: _accuracy(g.top1("val")),
@@ -172,7 +172,7 @@ def _group_row(group: Group) -> dict[str, Any]:
     """A line of report.csv."""
     row: dict[str, Any] = {"label": group.label}
     row |= _cells({name: getattr(group.record, name) for name in SAME})
-    row |= {"runs": len(group.runs), "seeds": words(group.seeds)}
+    row |= {"runs": len(group.runs), "seeds": cell_text(group.seeds)}
     for metric in ("test", "val"):
         top1 = group.top1(metric)
         for field in dataclasses.fields(Estimate):
@@ -189,6 +189,10 @@ def _cells(values: dict[str, Any]) -> dict[str, Any]:
 
 def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f" ({cell_text(seeds)})" if seeds else ""
 
 
 def _number(value: float | None, digits: int) -> str:
