@@ -126,3 +126,109 @@ def test_hashes_of_published_recipes_stay():
     assert [load_recipe(str(path), {}).digest for path in stored] == [path.stem for path in stored]
     # A field that came later is in the hash once it is used.
     assert load_recipe(str(stored[0]), {"patch_drop_rate": 0.5}).digest != stored[0].stem
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epochs=1:30", "epochs='1:30' has the wrong type"),  # sixty times one and thirty to 1.1
+        ("grad_accum_steps=3e38", "takes a whole number"),
+        ("seed=" + "9" * 400, "seed=a number of more than 19 digits"),
+        ("seed=" + "9" * 5000, "a value is too long"),
+        ("lr=" + "9" * 400, "out of range"),
+        ("lr=1e400", "out of range"),
+        ("crop_pad=9223372036854775808", "out of range"),
+        ("crop_pad=9223372036854775807", "at most 16384"),
+        ("model_kwargs=" + "[" * 5000, "too deep"),
+        ("model_kwargs.a=" + "[" * 40 + "]" * 40, "too deep"),
+        ("model_kwargs.a=[" + "0," * 20_000 + "]", "too many values"),
+        ("classes=[&a [1, 1], *a]", "aliases"),
+        ("model_kwargs={a: 1, a: 2}", "'a' is given twice"),
+        ("model_kwargs={a: !!timestamp 2020-01-01}", "neither text nor a number"),
+        ("model_kwargs={1: 2}", "has the key 1"),
+        ("model_kwargs.img_size=8", "write img_size=... instead"),
+        ("model_kwargs.num_classes=8", "write num_classes=... instead"),
+        ("model_kwargs.pretrained=true", "write pretrained=... instead"),
+        ("model_kwargs.drop_path_rate=1.5", "write drop_path_rate=... instead"),
+        ("drop_path_rate=1.5", "at most 0.9"),
+        ("min_lr=0.1", "min_lr=0.1, where the schedule ends, is above lr=0.001"),
+        ("attn_layer=nystrom_l64", "model_kwargs.attn_layer"),
+        ("class_weights=equal", "use balanced, or a mapping"),
+        ("class_weights={cat: 0}", "a number above 0"),
+        ("output=a\\0b", "null character"),
+    ],
+)
+def test_values_that_no_run_can_have(text, words):
+    if text.startswith("output"):
+        overrides = {"output": "a\0b"}  # YAML itself refuses it
+        with pytest.raises(UsageError, match=words):
+            load_recipe(None, overrides)
+        return
+    with pytest.raises(UsageError, match=re.escape(words)):
+        load_recipe(None, parse_assignments([text]))
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("epochs=010", "epochs", 10),  # eight to YAML 1.1
+        ("model_kwargs.x=2020-01-01", "model_kwargs", {"x": "2020-01-01"}),
+        ("class_weights={7: 2}", "class_weights", {"7": 2}),
+        ("output='1e3'", "output", "1e3"),
+        ("output=010x", "output", "010x"),
+    ],
+)
+def test_values_are_read_as_written_and_come_back_from_the_file(tmp_path, text, field, value):
+    recipe = load_recipe(None, parse_assignments([text]))
+    assert getattr(recipe, field) == value
+    recipe.save(tmp_path / "r.yaml")
+    assert load_recipe(str(tmp_path / "r.yaml"), {}) == recipe
+
+
+def test_aliases_by_the_million_are_refused_at_once(tmp_path):
+    lines = ["a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0]"]
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match="aliases"):
+        load_recipe(str(tmp_path / "r.yaml"), {})
+
+
+def test_fewer_epochs_shorten_what_nobody_asked_for(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "epochs: 30\nwarmup_epochs: 3\n"
+        "stages: [{epoch: 1, img_size: 8}, {epoch: 11, img_size: 16}, {epoch: 21, batch_size: 4}]\n"
+    )
+    whole = load_recipe(str(path), {})
+    assert load_recipe(str(path), {"epochs": 25}).stages == whole.stages  # they fit
+    short = load_recipe(str(path), {"epochs": 6})
+    assert [entry["epoch"] for entry in short.stages] == [1, 3, 5]
+    assert short.warmup_epochs == 3
+    one = load_recipe(str(path), {"epochs": 1})
+    assert one.stages == [{"epoch": 1, "batch_size": 4}]
+    assert one.warmup_epochs == pytest.approx(0.1)
+    with pytest.raises(UsageError, match="stages has epoch=11"):  # asked for
+        load_recipe(str(path), {"epochs": 6, "stages": whole.stages})
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "starts"),
+    [
+        ("vix_softmax", None, False),
+        ("vix_softmax.digits", None, True),
+        ("vix_softmax.digits", False, False),
+        ("hf-hub:me/model", None, True),
+        ("local-dir:/some/where", None, True),
+        ("vix_softmax", True, True),
+    ],
+)
+def test_names_that_carry_weights_mean_them(model, asked, starts):
+    recipe = Recipe(model=model, pretrained=asked)
+    assert recipe.starts_pretrained is starts
+    assert recipe.digest == Recipe(model=model, pretrained=starts).digest
+
+
+def test_every_setting_says_what_it_means():
+    for field in dataclasses.fields(Recipe):
+        assert field.metadata["meaning"].endswith("."), field.name

@@ -1,19 +1,22 @@
 """Every setting of a run: typed fields with bounds, read from YAML and the command line.
 
 Precedence: command line over recipe file over the defaults below. Reading imports no torch, so that
-a mistake in a recipe is reported at once.
+a mistake in a recipe is reported at once. ``timm-xformers recipe`` prints what is said here.
 """
+
+# ruff: noqa: RUF009  (fields made by a function of ours)
 
 import dataclasses
 import hashlib
 import importlib.resources
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -23,6 +26,7 @@ from timm_xformers.files.atomic import write_text
 __all__ = [
     "NO_INFLUENCE",
     "Recipe",
+    "dump_yaml",
     "find_settings",
     "load_recipe",
     "override",
@@ -32,36 +36,53 @@ __all__ = [
     "shipped_spaces",
 ]
 
-T = TypeVar("T")
-
 # Settings that do not shape the result.
 NO_INFLUENCE = (
     *("seed", "output", "data_dir", "download"),
     *("num_workers", "num_processes", "fsdp", "checkpoint_minutes", "trackers"),
 )
-
 # Fields that came after the first published hashes: at these values they are left out of a hash.
-CAME_LATER = {"patch_drop_rate": 0.0, "labels": None}
-
+CAME_LATER = {
+    "patch_drop_rate": 0.0,
+    "labels": None,
+    "loss": "cross_entropy",
+    "class_weights": None,
+    "max_steps": None,
+    "max_seconds": None,
+}
+# Arguments of timm.create_model that settings of their own decide, or that no recipe may set.
+NOT_MODEL_KWARGS = (
+    *("img_size", "in_chans", "num_classes", "pretrained", "drop_path_rate", "patch_drop_rate"),
+    *("checkpoint_path", "model_name", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+    *("scriptable", "exportable", "no_jit"),
+)
 # Those of accelerate whose packages are called like the tracker.
 TRACKERS = ("tensorboard", "wandb", "mlflow", "aim", "comet_ml", "clearml", "dvclive")
+LARGEST = 2**31 - 1
+# Values that one setting may hold, and how deep they may lie in each other.
+MOST_VALUES, DEEPEST = 10_000, 20
 
 
-def _bounded(
-    default: T,
+def _setting(
+    default: Any,
+    meaning: str,
     *,
     low: float = -math.inf,
     high: float = math.inf,
-    open_low: bool = False,
+    above: float | None = None,
     choices: Sequence[str] = (),
-) -> T:
-    """A dataclass field whose values `Recipe` checks against a range or a list of words."""
-    metadata: dict[str, Any] = {
-        "low": low,
+) -> Any:
+    """A field with its meaning, checked against a range (``above``: an open end) or words."""
+    metadata = {
+        "meaning": meaning,
+        "low": low if above is None else above,
         "high": high,
-        "open_low": open_low,
+        "open_low": above is not None,
         "choices": tuple(choices),
     }
+    if isinstance(default, (dict, list)):
+        kind: Any = type(default)
+        return dataclasses.field(default_factory=kind, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -69,127 +90,227 @@ def _bounded(
 class Recipe:
     """Settings of one run. Zero switches a technique off wherever it can be off."""
 
-    # Name for timm.create_model, or local-dir:FOLDER, hf-hub:OWNER/NAME.
-    model: str = "hybrid_vix_performer_softmax_m32"
-    # Further arguments of the model, such as {patch_size: 4}.
-    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # Start from the model's published weights instead of random ones.
-    pretrained: bool = False
-
-    # digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, folder, or a timm scheme such
-    # as hfds/NAME.
-    data: str = "digits"
-    # Where the data set lies; digits needs none.
-    data_dir: str | None = None
-    # Where the labels stand, if not in the names of folders: a CSV file of image and class for a
-    # folder of images, or a column of a Hub data set. null: class folders, or the usual column.
-    labels: str | None = None
-    # Names of the splits; null looks for the usual ones.
-    train_split: str | None = None
-    val_split: str | None = None
-    test_split: str | None = None
-    # Let torchvision download the set into data_dir if it is not there.
-    download: bool = False
-    # Classes to keep, by name or label; they are numbered anew in this order. null: all.
-    classes: list[Any] | None = None
-    # Use at most so many training images, the same share of every class and the same ones for
-    # every seed; validation and test images stay all. null: all.
-    limit: int | None = _bounded(None, low=1)
-    # Images that cannot be read: stop and name them, or leave them out and say so.
-    unreadable: str = _bounded("error", choices=("error", "skip"))
-    # Decode everything once to uint8 and augment in batches; null: if that takes at most 1 GiB.
-    in_memory: bool | None = None
-    # Whose mean and standard deviation the pixels are scaled by: the data's, or those that the
-    # model's configuration names; pretrained weights always get theirs.
-    normalize: str = _bounded("data", choices=("data", "model"))
-    # Side of the square input in pixels; null: the data set's own, or the model's.
-    img_size: int | None = _bounded(None, low=1)
-    # Colour channels; null: as the data set has them.
-    in_chans: int | None = _bounded(None, low=1)
-    # Width of the classifier; null: as many as the data set has classes.
-    num_classes: int | None = _bounded(None, low=2)
-    # Stratified share of the training set that chooses the best epoch; 0: keep the last epoch.
-    val_fraction: float = _bounded(0.1, low=0.0, high=0.5)
-
-    epochs: int = _bounded(30, low=1)
-    # Images per process and pass.
-    batch_size: int = _bounded(64, low=1)
-    # Other image sides, batch sizes and shares of left-out tokens from an epoch on, for growing
-    # images, such as [{epoch: 1, img_size: 14, batch_size: 256}, {epoch: 21, img_size: 28}].
-    stages: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    # Passes whose gradients are averaged before one update.
-    grad_accum_steps: int = _bounded(1, low=1)
-    # Name of a timm optimiser, and further arguments of it, such as {betas: [0.9, 0.95]}.
-    opt: str = "adamw"
-    opt_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    lr: float = _bounded(1e-3, low=0.0, open_low=True)
-    weight_decay: float = _bounded(0.05, low=0.0)
-    # Factor on the learning rate from each layer to the one before it; 1: the same for all.
-    layer_decay: float = _bounded(1.0, low=0.0, high=1.0, open_low=True)
-    # timm's schedule, stepped at every update, and further arguments of it.
-    sched: str = _bounded(
-        "cosine", choices=("cosine", "tanh", "poly", "step", "multistep", "wsd", "none")
+    model: str = _setting(
+        "hybrid_vix_performer_softmax_m32",
+        "Name for timm.create_model, local-dir:FOLDER, hf-hub:OWNER/NAME, or a run folder.",
     )
-    sched_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    warmup_epochs: float = _bounded(1.0, low=0.0)
-    min_lr: float = _bounded(1e-6, low=0.0)
+    model_kwargs: dict[str, Any] = _setting(
+        {}, "Further arguments of the model, such as {patch_size: 4} or {attn_layer: nystrom_l64}."
+    )
+    pretrained: bool | None = _setting(
+        None,
+        "Start from the model's published weights. null: if the name carries some: a tag "
+        "(NAME.TAG), a folder or the Hub.",
+    )
 
-    # Label smoothing.
-    smoothing: float = _bounded(0.0, low=0.0, high=0.9)
-    # Beta parameters of mixup and CutMix.
-    mixup: float = _bounded(0.0, low=0.0)
-    cutmix: float = _bounded(0.0, low=0.0)
-    # Largest norm of the gradient.
-    clip_grad: float = _bounded(0.0, low=0.0)
-    drop_path_rate: float = _bounded(0.0, low=0.0, high=0.9)
-    # Share of an image's tokens, others at every step, that training leaves out: 0.5 halves the
-    # work of a step. For models that can do without the rest of the grid.
-    patch_drop_rate: float = _bounded(0.0, low=0.0, high=0.9)
-    # Decay per update of averaged weights, which are then the ones evaluated and kept in best/.
-    model_ema_decay: float = _bounded(0.0, low=0.0, high=0.99999)
-    mixed_precision: str = _bounded("no", choices=("no", "bf16", "fp16"))
-    # Keep images and filters with the channels last, which convolutions like.
-    channels_last: bool = False
-    # Recompute activations in the backward pass instead of keeping them.
-    grad_checkpointing: bool = False
-    # Compile the model by torch.compile: a minute or more at first, faster steps then.
-    compile: bool = False
+    data: str = _setting(
+        "digits",
+        "digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, folder, or a timm scheme "
+        "such as hfds/NAME.",
+    )
+    data_dir: str | None = _setting(None, "Where the data set lies; digits needs none.")
+    labels: str | None = _setting(
+        None,
+        "Where the labels stand, if not in the names of folders: a CSV file of image and class for "
+        "a folder of images, or a column of a Hub data set. null: class folders, or the usual "
+        "column.",
+    )
+    train_split: str | None = _setting(None, "Name of the split. null: the usual ones are tried.")
+    val_split: str | None = _setting(None, "Name of the split. null: the usual ones are tried.")
+    test_split: str | None = _setting(
+        None,
+        "Name of the split. null: the usual ones are tried; none: the test set is not read.",
+    )
+    download: bool = _setting(
+        False, "Let torchvision download the set into data_dir if it is not there."
+    )
+    classes: list[Any] | None = _setting(
+        None, "Classes to keep, by name or label, numbered anew in this order. null: all."
+    )
+    limit: int | None = _setting(
+        None,
+        "Most training images to use, the same share of every class and the same ones for every "
+        "seed; validation and test images stay all. null: all.",
+        low=1,
+    )
+    unreadable: str = _setting(
+        "error",
+        "Images that cannot be read: stop and name them, or leave them out and say so.",
+        choices=("error", "skip"),
+    )
+    in_memory: bool | None = _setting(
+        None,
+        "Decode everything once to uint8 and augment in batches. null: if that takes at most 1 "
+        "GiB.",
+    )
+    normalize: str = _setting(
+        "data",
+        "Whose mean and standard deviation the pixels are scaled by: the data's, or those of the "
+        "model's configuration; pretrained weights always get theirs.",
+        choices=("data", "model"),
+    )
+    img_size: int | None = _setting(
+        None,
+        "Side of the square input in pixels. null: the data set's own, or the model's.",
+        low=1,
+        high=16384,
+    )
+    in_chans: int | None = _setting(None, "Colour channels. null: as the data set has them.", low=1)
+    num_classes: int | None = _setting(
+        None, "Width of the classifier. null: as many as the data set has classes.", low=2
+    )
+    val_fraction: float = _setting(
+        0.1,
+        "Stratified share of the training set that chooses the best epoch. 0: keep the last epoch.",
+        low=0.0,
+        high=0.5,
+    )
 
-    # Augmentation in both paths: probabilities of a horizontal flip and of an erased rectangle.
-    hflip: float = _bounded(0.0, low=0.0, high=1.0)
-    re_prob: float = _bounded(0.0, low=0.0, high=1.0)
-    # In memory only: largest shift in pixels, turn and shear in degrees, and zoom as a share (0.1:
-    # between 1 / 1.1 and 1.1).
-    crop_pad: int = _bounded(0, low=0)
-    rotate_degrees: float = _bounded(0.0, low=0.0, high=180.0)
-    shear_degrees: float = _bounded(0.0, low=0.0, high=60.0)
-    zoom: float = _bounded(0.0, low=0.0, high=1.0)
-    # In memory too: side in pixels of a square that is cut out of every image, and a policy for
-    # colours and shapes: trivial, n2-m9 (two operations of strength 9 of 30) and the like, or
-    # autoaugment-cifar10.
-    cutout: int = _bounded(0, low=0)
-    rand_augment: str | None = None
-    # From files only: smallest share of the image that a random crop keeps, strength of colour
-    # jitter, and a policy in timm's notation, such as rand-m9-mstd0.5.
-    min_crop_area: float = _bounded(0.5, low=0.0, high=1.0, open_low=True)
-    color_jitter: float = _bounded(0.0, low=0.0)
-    auto_augment: str | None = None
+    epochs: int = _setting(30, "Passes over the training images.", low=1)
+    max_steps: int | None = _setting(
+        None,
+        "End after so many optimiser updates, wherever in an epoch; the schedule ends there.",
+        low=1,
+    )
+    max_seconds: float | None = _setting(
+        None,
+        "End after so many processor seconds of training, summed over threads; the schedule "
+        "follows the time used. Two such runs are not equal to the bit.",
+        above=0.0,
+    )
+    batch_size: int = _setting(64, "Micro-batch: images per process and forward pass.", low=1)
+    stages: list[dict[str, float]] = _setting(
+        [],
+        "Progressive resizing: other image sides, batch sizes and patch_drop_rate from an epoch on,"
+        " such as [{epoch: 1, img_size: 14, batch_size: 256}, {epoch: 21, img_size: 28}].",
+    )
+    grad_accum_steps: int = _setting(
+        1, "Micro-batches whose gradients are averaged before one update.", low=1
+    )
+    opt: str = _setting("adamw", "Name of a timm optimiser.")
+    opt_kwargs: dict[str, Any] = _setting(
+        {}, "Further arguments of it, such as {betas: [0.9, 0.95]}."
+    )
+    lr: float = _setting(1e-3, "Peak learning rate.", above=0.0)
+    weight_decay: float = _setting(0.05, "Weight decay.", low=0.0)
+    layer_decay: float = _setting(
+        1.0,
+        "Factor on the learning rate from each layer to the one before it. 1: the same for all.",
+        above=0.0,
+        high=1.0,
+    )
+    sched: str = _setting(
+        "cosine",
+        "timm's learning-rate schedule, stepped at every update.",
+        choices=("cosine", "tanh", "poly", "step", "multistep", "wsd", "none"),
+    )
+    sched_kwargs: dict[str, Any] = _setting({}, "Further arguments of the schedule.")
+    warmup_epochs: float = _setting(1.0, "Epochs of linear warm-up.", low=0.0)
+    min_lr: float = _setting(1e-6, "Learning rate at the end of the schedule.", low=0.0)
 
-    # Processes that the run must have; null: as many as the launcher started.
-    num_processes: int | None = _bounded(None, low=1)
-    # Shard weights, gradients and the optimiser's state over the processes (FSDP2), for models that
-    # do not fit one device; needs several processes with a GPU each.
-    fsdp: bool = False
-    # Save the state of a run within an epoch too, whenever so many minutes have passed since it
-    # was last saved; 0: only after each epoch.
-    checkpoint_minutes: float = _bounded(10.0, low=0.0)
-    # Processes that decode images when they come from files; at most one a core is started.
-    num_workers: int = _bounded(2, low=0)
-    seed: int = _bounded(0, low=0)
-    # Where figures go besides the run folder; null: TensorBoard if it is installed, []: nowhere.
-    trackers: list[str] | None = dataclasses.field(default=None, metadata={"choices": TRACKERS})
-    # Run folder; null: runs/MODEL-DATA-N.
-    output: str | None = None
+    loss: str = _setting(
+        "cross_entropy",
+        "Training loss: cross-entropy, or bce, binary cross-entropy of each class against the "
+        "rest (sigmoid), as in timm's --bce-loss.",
+        choices=("cross_entropy", "bce"),
+    )
+    class_weights: str | dict[str, Any] | None = _setting(
+        None,
+        "Factor of each class on the training loss: balanced (images / (classes * images of the "
+        "class)), or a mapping such as {cat: 2, dog: 1}, where classes left out have 1.",
+    )
+    smoothing: float = _setting(0.0, "Label smoothing.", low=0.0, high=0.9)
+    mixup: float = _setting(0.0, "Beta parameter of mixup.", low=0.0)
+    cutmix: float = _setting(0.0, "Beta parameter of CutMix.", low=0.0)
+    clip_grad: float = _setting(0.0, "Largest norm of the gradient.", low=0.0)
+    drop_path_rate: float = _setting(0.0, "Stochastic depth.", low=0.0, high=0.9)
+    patch_drop_rate: float = _setting(
+        0.0,
+        "Share of an image's tokens, others at every step, that training leaves out: 0.5 halves "
+        "the work of a step. For models that can do without the rest of the grid.",
+        low=0.0,
+        high=0.9,
+    )
+    model_ema_decay: float = _setting(
+        0.0,
+        "Decay per update of averaged weights, which are then evaluated and kept in best/.",
+        low=0.0,
+        high=0.99999,
+    )
+    mixed_precision: str = _setting(
+        "no", "Precision of the forward pass.", choices=("no", "bf16", "fp16")
+    )
+    channels_last: bool = _setting(False, "Memory format channels_last, which convolutions like.")
+    grad_checkpointing: bool = _setting(
+        False, "Recompute activations in the backward pass instead of keeping them."
+    )
+    compile: bool = _setting(
+        False, "Use torch.compile: a minute or more at first, faster steps then."
+    )
+
+    hflip: float = _setting(0.0, "Probability of a horizontal flip.", low=0.0, high=1.0)
+    re_prob: float = _setting(0.0, "Probability of random erasing.", low=0.0, high=1.0)
+    crop_pad: int = _setting(
+        0, "In memory only: largest random shift in pixels.", low=0, high=16384
+    )
+    rotate_degrees: float = _setting(
+        0.0, "In memory only: largest rotation in degrees.", low=0.0, high=180.0
+    )
+    shear_degrees: float = _setting(
+        0.0, "In memory only: largest shear in degrees.", low=0.0, high=60.0
+    )
+    zoom: float = _setting(
+        0.0,
+        "In memory only: largest zoom as a share (0.1: between 1 / 1.1 and 1.1).",
+        low=0.0,
+        high=1.0,
+    )
+    cutout: int = _setting(
+        0, "In memory only: side in pixels of a square cut out of each image.", low=0, high=16384
+    )
+    rand_augment: str | None = _setting(
+        None,
+        "In memory only: policy for colours and shapes: trivial, n2-m9 (two operations of strength "
+        "9 of 30) and the like, or autoaugment-cifar10.",
+    )
+    min_crop_area: float = _setting(
+        0.5,
+        "From files only: smallest share of the image that a random crop keeps.",
+        above=0.0,
+        high=1.0,
+    )
+    color_jitter: float = _setting(
+        0.0, "From files only: strength of colour jitter.", low=0.0, high=10.0
+    )
+    auto_augment: str | None = _setting(
+        None, "From files only: a policy in timm's notation, such as rand-m9-mstd0.5."
+    )
+
+    num_processes: int | None = _setting(
+        None, "Processes that the run must have. null: as many as the launcher started.", low=1
+    )
+    fsdp: bool = _setting(
+        False,
+        "Shard weights, gradients and optimiser state over the processes (FSDP2), for models that "
+        "do not fit one device; needs several processes with a GPU each.",
+    )
+    checkpoint_minutes: float = _setting(
+        10.0,
+        "Save the state within an epoch too, whenever so many minutes have passed since it was "
+        "last saved. 0: only after each epoch.",
+        low=0.0,
+    )
+    num_workers: int = _setting(
+        2, "Worker processes that decode image files; at most one a core is started.", low=0
+    )
+    seed: int = _setting(0, "Seed of everything random.", low=0, high=2**63 - 1)
+    trackers: list[str] | None = _setting(
+        None,
+        "Where figures go besides the run folder. null: TensorBoard if it is installed; []: "
+        "nowhere.",
+        choices=TRACKERS,
+    )
+    output: str | None = _setting(None, "Run folder. null: runs/MODEL-DATA-N.")
 
     def __post_init__(self) -> None:
         """Check types and bounds.
@@ -200,7 +321,12 @@ class Recipe:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             _check(field, hints[field.name], getattr(self, field.name))
+        for name in self.model_kwargs:
+            if name in NOT_MODEL_KWARGS:
+                instead = f"write {name}=..." if name in hints else "name the weights by model"
+                raise UsageError(f"model_kwargs may not hold {name}; {instead} instead.")
         _check_stages(self)
+        _check_class_weights(self.class_weights)
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(
                 f"batch_size={self.batch_size} is odd, and mixup and cutmix pair the images of a "
@@ -211,11 +337,26 @@ class Recipe:
                 f"warmup_epochs={self.warmup_epochs:g} is longer than epochs={self.epochs}; "
                 "lower it."
             )
+        if self.min_lr > self.lr and self.sched != "none":
+            raise UsageError(
+                f"min_lr={self.min_lr:g}, where the schedule ends, is above lr={self.lr:g}; lower "
+                "min_lr."
+            )
+        if self.max_steps and self.max_seconds:
+            raise UsageError("max_steps and max_seconds are two budgets; use one of them.")
+
+    @property
+    def starts_pretrained(self) -> bool:
+        """Whether training starts from weights: as ``pretrained`` says, else as the name does."""
+        if self.pretrained is not None:
+            return self.pretrained
+        prefix, colon, _ = self.model.partition(":")
+        return prefix in ("local-dir", "hf-hub") if colon else "." in self.model
 
     @property
     def digest(self) -> str:
         """Hash of what shapes the result, equal for runs that differ in seed, paths or workers."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"pretrained": self.starts_pretrained}
         for name, hint in typing.get_type_hints(type(self)).items():
             if hint is float:
                 values[name] = float(values[name])  # 1 and 1.0 are one setting
@@ -230,54 +371,82 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write every field as YAML."""
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        write_text(path, text)
+        write_text(path, dump_yaml(dataclasses.asdict(self)))
 
 
 def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
-    optional = isinstance(hint, types.UnionType)
-    kind = typing.get_args(hint)[0] if optional else hint
-    kind = typing.get_origin(kind) or kind
+    union = isinstance(hint, types.UnionType)
+    kinds = [typing.get_origin(k) or k for k in (typing.get_args(hint) if union else (hint,))]
+    optional = type(None) in kinds
     if value is None and optional:
         return
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        allowed = {
-            int: "a whole number",
-            float: "a number",
-            str: "text",
-            bool: "true or false",
-            list: "a list such as [name, name]",
-        }
-        allowed_text = allowed.get(kind, "a mapping such as {name: value}")
+    allowed = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        list: "a list such as [name, name]",
+        dict: "a mapping such as {name: value}",
+    }
+    accepted = tuple({*kinds, int} if float in kinds else kinds)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        words = " or ".join(allowed[kind] for kind in kinds if kind in allowed)
         raise UsageError(
-            f"{field.name}={value!r} has the wrong type; it takes {allowed_text}"
+            f"{field.name}={_short(value)} has the wrong type; it takes {words}"
             f"{' or null' if optional else ''}."
         )
-    if isinstance(value, dict):
+    _check_plain(field.name, value)
+    if isinstance(value, dict) and field.name != "class_weights":
         for key in value:
-            if not str(key).isidentifier():
+            if not key.isidentifier():
                 raise UsageError(
-                    f"{field.name} has the key {str(key)!r}, which is no name; in YAML a space "
-                    "follows the colon: {patch_size: 4}."
+                    f"{field.name} has the key {key!r}, which is no name; in YAML a space follows "
+                    "the colon: {patch_size: 4}."
                 )
     bounds = field.metadata
-    for word in value if kind is list else [value]:
-        if bounds.get("choices") and word not in bounds["choices"]:
+    for word in value if isinstance(value, list) else [value]:
+        if bounds["choices"] and word not in bounds["choices"]:
             raise UsageError(
-                f"{field.name}={word!r} is unknown; use {', '.join(bounds['choices'])}."
+                f"{field.name}={_short(word)} is unknown; use {', '.join(bounds['choices'])}."
             )
-    if "low" in bounds and kind in (int, float):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = bounds["low"], bounds["high"]
+        if int in kinds:
+            high = min(high, LARGEST) if field.name != "seed" else high
         below = value <= low if bounds["open_low"] else value < low
         if below or value > high or not math.isfinite(value):
-            words = [f"above {low:g}" if bounds["open_low"] else f"at least {low:g}"]
-            words += [f"at most {high:g}"] if high < math.inf else []
-            raise UsageError(f"{field.name}={value!r} is out of range; use {' and '.join(words)}.")
+            words = f"above {low:g}" if bounds["open_low"] else f"at least {low:g}"
+            words += f" and at most {high:.10g}" if high < math.inf else ""
+            raise UsageError(f"{field.name}={_short(value)} is out of range; use a number {words}.")
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """Refuse what JSON has no word for, endless structures and numbers beyond 64 bits."""
+    pending, count = [(value, 0)], 0
+    while pending:
+        item, depth = pending.pop()
+        count += 1
+        if count > MOST_VALUES or depth > DEEPEST:
+            raise UsageError(f"{name} holds too many values, or too deep; settings are short.")
+        if isinstance(item, dict):
+            for key in item:
+                if not isinstance(key, str):
+                    raise UsageError(f"{name} has the key {_short(key)}, which is no text.")
+            pending += [(each, depth + 1) for each in item.values()]
+        elif isinstance(item, (list, tuple)):
+            pending += [(each, depth + 1) for each in item]
+        elif isinstance(item, int) and not -(2**63) <= item < 2**63:
+            raise UsageError(f"{name}={_short(item)} is out of range; use at most 2^63 - 1.")
+        elif isinstance(item, str) and "\0" in item:
+            raise UsageError(f"{name}={_short(item)} has a null character; drop it.")
+        elif not isinstance(item, (str, int, float, type(None))):
+            raise UsageError(
+                f"{name} holds {_short(item)}, which is neither text nor a number; quote it."
+            )
 
 
 def _check_stages(recipe: Recipe) -> None:
-    known = {"epoch": recipe.epochs, "img_size": math.inf, "batch_size": math.inf}
+    known = {"epoch": recipe.epochs, "img_size": 16384, "batch_size": LARGEST}
     before = 0
     for entry in recipe.stages:
         for key, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
@@ -285,9 +454,9 @@ def _check_stages(recipe: Recipe) -> None:
             share = key == "patch_drop_rate" and type(value) in (int, float) and 0 <= value <= 0.9
             if not (whole or share):
                 raise UsageError(
-                    f"stages has {key}={value!r}; an entry takes epoch (1 to {recipe.epochs}), "
-                    "img_size, batch_size and patch_drop_rate (0 to 0.9), such as "
-                    "{epoch: 1, img_size: 14}."
+                    f"stages has {key}={_short(value)}; an entry takes epoch (1 to "
+                    f"{recipe.epochs}), img_size, batch_size and patch_drop_rate (0 to 0.9), such "
+                    "as {epoch: 1, img_size: 14}."
                 )
         if entry.get("epoch", 0) <= before:
             raise UsageError(
@@ -297,6 +466,28 @@ def _check_stages(recipe: Recipe) -> None:
         before = int(entry["epoch"])
         if (recipe.mixup or recipe.cutmix) and entry.get("batch_size", 2) % 2:
             raise UsageError(f"stages has {entry}, and mixup needs an even batch_size.")
+
+
+def _check_class_weights(weights: str | dict[str, Any] | None) -> None:
+    if isinstance(weights, str) and weights != "balanced":
+        raise UsageError(
+            f"class_weights={_short(weights)} is unknown; use balanced, or a mapping such as "
+            "{cat: 2, dog: 1}."
+        )
+    for name, value in weights.items() if isinstance(weights, dict) else ():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise UsageError(
+                f"class_weights has {name}: {_short(value)}; use a number above 0 for each class."
+            )
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it, cut to what fits a sentence."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "a number of more than 19 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def load_recipe(source: str | None, overrides: Mapping[str, Any]) -> Recipe:
@@ -309,7 +500,7 @@ def load_recipe(source: str | None, overrides: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: No such recipe, an unknown key, a value of the wrong type or out of range.
     """
-    values = {}
+    values: dict[str, Any] = {}
     if source is not None:
         values = read_settings(find_settings(source, shipped_recipes(), "recipe"))
     return _build(values, overrides)
@@ -325,23 +516,100 @@ def override(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _build(values: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    if "epochs" in overrides:
+        _shorten(values, values.get("epochs", Recipe.epochs), overrides["epochs"])
     for key, value in overrides.items():
-        name, _, entry = key.partition(".")
+        name, _, entry = str(key).partition(".")
         if entry:
             known = values.get(name) or {}
             values[name] = {**known, entry: value} if isinstance(known, dict) else known
         else:
-            values[name] = value
-
-    names = [field.name for field in dataclasses.fields(Recipe)]
+            values[key] = value
     for key in values:
-        if key not in names:
+        if key not in fields:
             raise UsageError(
-                f"The recipe has no setting {key!r}{nearest(str(key), names)}; "
-                f"known are {', '.join(names)}."
+                f"The recipe has no setting {_short(key)}{nearest(str(key), fields)}; an argument "
+                f"of the model is set as model_kwargs.{str(key)[:40]}, and `timm-xformers recipe` "
+                "explains all settings."
             )
     hints = typing.get_type_hints(Recipe)
     return Recipe(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+
+
+def _shorten(values: dict[str, Any], before: Any, after: Any) -> None:
+    """Fit what a recipe says in epochs into fewer of them, where it would not fit."""
+    if not (type(before) is type(after) is int and 1 <= after < before):
+        return
+    stages, warmup = values.get("stages"), values.get("warmup_epochs")
+    if isinstance(warmup, (int, float)) and warmup > after:
+        values["warmup_epochs"] = warmup * after / before
+    try:
+        if stages and max(entry["epoch"] for entry in stages) > after:
+            moved = [{**e, "epoch": 1 + (e["epoch"] - 1) * after // before} for e in stages]
+            # Of those that begin together, the last one holds.
+            values["stages"] = list({entry["epoch"]: entry for entry in moved}.values())
+    except (KeyError, TypeError):  # refused when it is checked
+        pass
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of version 1.2, where 1e-3 is one, 010 is ten and 1:30 is text.
+
+    Dates are text too; aliases, by which a small file can hold a billion values, and keys given
+    twice are refused.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not read", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                mark = node.start_mark
+                raise yaml.MarkedYAMLError(None, None, f"{key!r} is given twice", mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
+_OURS = "tag:yaml.org,2002:"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in pairs if tag[len(_OURS) :] in ("bool", "null")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_OURS}int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        f"{_OURS}float", re.compile(f"({_NUMBER.pattern})$"), list("-+.0123456789")
+    )
+_Loader.add_constructor(f"{_OURS}int", lambda loader, node: int(node.value))
+
+
+def _read_yaml(text: str, whence: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise UsageError(f"{whence} is not YAML that can be read: {detail[:200]}") from error
+    except (ValueError, RecursionError, OverflowError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"{whence} is not YAML that can be read: {type(error).__name__}, a value is too long, "
+            "too deep or malformed."
+        ) from error
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Settings as YAML that is read back as the same values."""
+    text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -350,11 +618,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UsageError(f"--set {text!r} is not of the form key=value, such as lr=0.001.")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {text!r}: the value is not YAML; quote it.") from error
+            raise UsageError(
+                f"--set {_short(text)} is not of the form key=value, such as lr=0.001."
+            )
+        values[key] = _read_yaml(value, f"--set {_short(text)}")
     return values
 
 
@@ -405,25 +672,25 @@ def read_settings(path: Path) -> dict[str, Any]:
         UsageError: The file is damaged or holds something else.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
-        raise UsageError(f"{path} is not a YAML file: {detail}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a YAML file: {error}") from error
+    values = _read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no settings; write lines 'key: value'.")
     return values
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """Undo two surprises of YAML 1.1: 1e-3 is text to it, and no is false."""
-    kinds = typing.get_args(hint) or (hint,)
-    if isinstance(value, str) and float in kinds:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    if float in kinds and type(value) is int:
-        return float(value)
+    """Whole numbers as numbers, the word that YAML takes for false, a run folder as its weights."""
+    if float in (typing.get_args(hint) or (hint,)) and type(value) is int:
+        return float(value) if abs(value) < 2**64 else value
     if name == "mixed_precision" and value is False:
         return "no"
+    if name == "class_weights" and isinstance(value, dict):
+        return {str(key): factor for key, factor in value.items()}  # labels are names too
+    if name == "model" and isinstance(value, str) and ":" not in value and "\0" not in value:
+        for folder in (Path(value) / "best", Path(value)):
+            if (folder / "config.json").is_file():
+                return f"local-dir:{folder.resolve()}"
     return value

@@ -51,7 +51,8 @@ def write_file(path: Path) -> Iterator[Path]:
         _sync(fresh)
         fresh.replace(path)
     except OSError as error:
-        error.filename = str(path)  # the name that the user knows
+        if error.errno is not None:
+            error.filename = str(path)  # the name that the user knows
         raise
     finally:
         fresh.unlink(missing_ok=True)

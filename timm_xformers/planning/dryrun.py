@@ -4,14 +4,14 @@ import dataclasses
 import time
 
 import torch
-import yaml
 
-from timm_xformers.recipe import Recipe
+from timm_xformers.recipe import Recipe, dump_yaml
 from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.metrics import evaluate_model
 from timm_xformers.training.session import Session, open_session
 from timm_xformers.training.stages import Stage
+from timm_xformers.training.trackers import tracker_names
 
 __all__ = ["dry_run", "measure_steps"]
 
@@ -29,6 +29,7 @@ def dry_run(recipe: Recipe) -> str:
     Raises:
         UserError: What `train` would refuse.
     """
+    tracker_names(recipe)  # refused here as when training
     session = open_session(recipe)
     processes = session.accelerator.num_processes
     lines = [
@@ -56,8 +57,9 @@ def dry_run(recipe: Recipe) -> str:
     note = emulation_note(recipe.mixed_precision, session.accelerator.device)
     lines += [note] if note else []
     lines.append(f"about {_clock(total)} in all, from {MEASURED_STEPS} measured steps a stage")
-    text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
-    return text + "".join(f"# {line}\n" for line in lines).rstrip("\n")
+    return dump_yaml(dataclasses.asdict(recipe)) + "".join(f"# {line}\n" for line in lines).rstrip(
+        "\n"
+    )
 
 
 def measure_steps(session: Session, stage: Stage) -> tuple[float, float]:

@@ -239,7 +239,7 @@ def _make_trainer(
         arguments["patch_drop_rate"] = patch_drop_rate
     seed_everything(derive_seed(recipe.seed, "model"))
     model, model_args = build_model(
-        recipe.model, img_size=img_size, pretrained=recipe.pretrained, **arguments
+        recipe.model, img_size=img_size, pretrained=recipe.starts_pretrained, **arguments
     )
     if patch_drop_rate:  # else model_kwargs may have a share of their own
         _leave_out(model, stage.patch_drop_rate)
@@ -247,7 +247,7 @@ def _make_trainer(
     for name in ("drop_path_rate", "patch_drop_rate"):
         model_args.pop(name, None)
     preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
-    if not recipe.pretrained:
+    if not recipe.starts_pretrained:
         preprocessing = data.preprocess(preprocessing, recipe.normalize)
     check_input(model, preprocessing.shape)
 
