@@ -13,6 +13,7 @@ from timm_xformers.errors import UsageError
 from timm_xformers.recipe import Recipe, load_recipe
 from timm_xformers.records.find_runs import find_runs, read_record
 from timm_xformers.records.results_json import Record
+from timm_xformers.records.run_folder import plain_name
 
 __all__ = ["Checkout", "this_checkout"]
 
@@ -61,9 +62,17 @@ class Checkout:
         """The test of a tag's float16 weights."""
         return self.results / "weights" / f"{name}.json"
 
-    def stored_recipe(self, recipe_hash: str) -> Path:
-        """The settings behind a recipe hash, as they were then."""
-        return self.results / "recipes" / f"{recipe_hash}.yaml"
+    def stored_recipe(self, recipe_hash: str, recipe: Recipe | None = None) -> Path:
+        """The settings behind a recipe hash, as they were then: MODEL.DATA.HASH.yaml.
+
+        Args:
+            recipe_hash: Decides alone.
+            recipe: Names the file if there is none yet.
+        """
+        folder = self.results / "recipes"
+        found = next(folder.glob(f"*.{recipe_hash}.yaml"), None)
+        names = ("MODEL", "DATA") if recipe is None else (recipe.model, recipe.data)
+        return found or folder / ".".join([*map(plain_name, names), f"{recipe_hash}.yaml"])
 
     def load_float16_record(self, name: str) -> Record:
         """Read what `float16_record` names."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import write_text
 from timm_xformers.planning.catalog import build_empty
-from timm_xformers.publishing.card import Card, write_card
+from timm_xformers.publishing.card import Card, reproduction, write_card
 from timm_xformers.records.results_json import Record
 from timm_xformers.weights import Weights, read_manifest
 from tools.checkout import Checkout
@@ -97,15 +97,17 @@ def _card(entry: Weights, records: list[Record], checkout: Checkout) -> Card:
             f"results/{entry.tag}.jsonl has no run of {entry.model} with recipe "
             f"{entry.recipe_hash} and seed {entry.seed}; put the record of {entry.name} back."
         )
-    recipe = checkout.stored_recipe(entry.recipe_hash).relative_to(checkout.root)
-    where = "" if entry.tag == "digits" else " --data-dir DIR"
+    recipe = checkout.load_recipe(entry.recipe_hash)
+    repeat, command = reproduction(trained[-1], recipe, ", with the settings above as recipe.yaml")
     return Card(
         title=entry.name,
         load=entry.name,
         attention=build_empty(entry.model).attn_layer,
         trained=trained[-1],
         tested=checkout.load_float16_record(entry.name),
-        recipe=checkout.load_recipe(entry.recipe_hash),
-        reproduce=f"timm-xformers train --recipe {recipe.as_posix()}{where} --seed {entry.seed}",
+        recipe=recipe,
+        repeat=repeat,
+        command=command,
+        license=entry.license,
         source=source_sentence(checkout.load_notes(), entry.model, entry.tag),
     )

@@ -164,7 +164,7 @@ def _write_records(run: FinishedRun, record: Record, name: str, checkout: Checko
     tested = checkout.float16_record(name)
     tested.parent.mkdir(parents=True, exist_ok=True)
     record.save(tested)
-    recipe = checkout.stored_recipe(str(run.record.recipe_hash))
+    recipe = checkout.stored_recipe(str(run.record.recipe_hash), run.recipe)
     recipe.parent.mkdir(parents=True, exist_ok=True)
     write_text(recipe, yaml.safe_dump(public_settings(run.recipe), sort_keys=False))
     if run.record in checkout.training_records().get(run.record.data, []):

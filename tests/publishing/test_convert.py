@@ -108,7 +108,7 @@ def test_adding_writes_everything_that_belongs_to_it(finished_run, checkout):
     row = next(line for line in checkout.results_page.read_text().splitlines() if "nano" in line)
     assert f"{entry.test_top1_percent:.2f} | 1 | - |" in row  # as they load
     assert f"[weights](../model_cards/{NAME}.md)" in row
-    assert f"--recipe results/recipes/{entry.recipe_hash}.yaml" in row
+    assert f"--recipe results/recipes/vix_mnist_nano.digits.{entry.recipe_hash}.yaml" in row
     assert stale_files(checkout) == []
 
 

@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a new repository is its owner's alone; an existing one stays as it is",
     )
     parser.add_argument(
+        "--license",
+        default="apache-2.0",
+        metavar="ID",
+        help="of the weights, as the Hub calls it, such as mit or other; default %(default)s",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="show the files and the card, and send nothing"
     )
 
@@ -30,4 +36,10 @@ def run(args: argparse.Namespace) -> None:
     require_extra("train", "accelerate")
     from timm_xformers.publishing.publish import publish
 
-    publish(Path(args.run), args.repository, private=args.private, dry_run=args.dry_run)
+    publish(
+        Path(args.run),
+        args.repository,
+        private=args.private,
+        dry_run=args.dry_run,
+        license=args.license,
+    )

@@ -1,10 +1,12 @@
 """Figures: opened without a display, in colours that everybody tells apart, saved whole."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import write_file
+from timm_xformers.files.text import plain
 
 __all__ = [
     "BLUE",
@@ -65,7 +67,12 @@ def whole_numbers(axes: Any) -> None:
 
 
 def literal(text: str, head: int = 60, tail: int = 0) -> str:
-    """Text as it is: a dollar sign would begin a formula. Beyond head + tail letters it is cut."""
+    """Text as it is, on one line: a dollar sign would begin a formula.
+
+    Of folders, which pictures would carry to other people, the last name stays. Beyond head + tail
+    letters the middle is cut.
+    """
+    text = re.sub(r"\blocal-dir:\S*[/\\](?=[^/\\\s])", "local-dir:", plain(text))
     if len(text) > head + tail:
         text = f"{text[:head]}…{text[len(text) - tail :]}"
     return text.replace("$", r"\$")

@@ -1,19 +1,23 @@
-"""A model card: Markdown below a YAML head, every figure of it from a record."""
+"""A model card: a template filled from records, below the metadata that the Hub reads."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_xformers.data.known_sets import describe
+from timm_xformers.files.tables import markdown_table
 from timm_xformers.publishing.finished_run import public_settings
-from timm_xformers.recipe import Recipe
+from timm_xformers.recipe import Recipe, load_recipe, shipped_recipes
 from timm_xformers.records.results_json import Record
 
-__all__ = ["LICENSE", "Card", "write_card"]
+__all__ = ["LICENSE", "Card", "changed_settings", "reproduction", "write_card"]
 
 LICENSE = "apache-2.0"
-REPOSITORY_TAGS = ("timm", "timm-xformers", "image-classification", "efficient-attention")
+TAGS = ("timm", "timm-xformers", "image-classification", "efficient-attention")
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,11 @@ class Card:
         trained: The run.
         tested: Figures of the very weights that the reader gets.
         recipe: Settings of the run.
-        reproduce: Command that repeats it.
+        repeat: Where the recipe of ``command`` comes from, behind "To repeat it".
+        command: Trains it again.
+        license: Of the weights, as the Hub calls it.
+        base_model: Name on the Hub of the model it was fine-tuned from; None: of none there.
+        started_from: The same in words; empty: trained from random weights.
         source: A sentence with a published figure to compare with; empty if there is none.
         curves: Image of the run's curves beside the card; empty if there is none.
     """
@@ -38,163 +46,88 @@ class Card:
     trained: Record
     tested: Record
     recipe: Recipe
-    reproduce: str
+    repeat: str
+    command: str
+    license: str = LICENSE
+    base_model: str | None = None
+    started_from: str = ""
     source: str = ""
     curves: str = ""
 
 
 def write_card(card: Card) -> str:
     """The whole file."""
-    trained, data = card.trained, describe(card.trained.data)
-    mechanism = f", attention `{card.attention}`" if card.attention else ""
-    cited = f" ({data.cite})" if data.cite else ""
-    arguments = f" and arguments `{trained.model_kwargs}`" if trained.model_kwargs else ""
-    parts = [
-        _head(card),
-        f"# {card.title}",
-        f"An image classifier of {trained.num_classes} classes: architecture `{trained.model}`"
-        f"{arguments}{mechanism}, {trained.params:,} parameters, inputs of {trained.img_size}x"
-        f"{trained.img_size} pixels with {_channels(trained.in_chans)}. Made with "
-        "timm-xformers; timm loads it wherever that package is installed.",
-        "## Use",
-        "```python\n"
-        "import timm\n\n"
-        f'model = timm.create_model("{card.load}", pretrained=True).eval()\n'
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-        "```",
-        "Meant for teaching, for comparing attention mechanisms and as a start for fine-tuning "
-        "(other `num_classes`, `in_chans` and `img_size` are taken).",
-        f"**Limits.** {data.limits} Nothing was done against bias in the data, and accuracy on "
-        "other images was not measured.",
-        "## Data",
-        f"{data.title}{cited}: {data.images}. {_choice(trained)}",
-        "## Results",
-        _results(card),
-        *([card.source] if card.source else []),
-        *([f"![loss and accuracy over the epochs]({card.curves})"] if card.curves else []),
-        "## Training",
-        _effort(trained),
-        "Settings that differ from the defaults:",
-        f"```yaml\n{_settings(card.recipe)}```",
-        "To repeat it:",
-        f"```bash\n{card.reproduce}\n```",
-        "## Speed",
-        _speed(card),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _head(card: Card) -> str:
-    tested, data = card.tested, describe(card.trained.data)
-    metrics = {
-        "Top-1 accuracy, %": tested.test_top1_percent,
-        "Top-5 accuracy, %": tested.test_top5_percent,
+    data = describe(card.trained.data)
+    accuracies = {
+        "Top-1 accuracy, %": card.tested.test_top1_percent,
+        "Top-5 accuracy, %": card.tested.test_top5_percent,
     }
-    head: dict[str, Any] = {
-        "license": LICENSE,
-        "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": list(REPOSITORY_TAGS),
-    }
-    if data.hub_id is not None:
-        head["datasets"] = [data.hub_id]
-    head["metrics"] = ["accuracy"]
-    head["model-index"] = [
-        {
-            "name": card.title,
-            "results": [
-                {
-                    "task": {"type": "image-classification", "name": "Image Classification"},
-                    "dataset": {
-                        "type": data.hub_id or card.trained.data,
-                        "name": data.title,
-                        "split": "test",
-                    },
-                    "metrics": [
-                        {"type": "accuracy", "name": name, "value": value}
-                        for name, value in metrics.items()
-                    ],
-                }
-            ],
-        }
-    ]
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
-
-
-def _results(card: Card) -> str:
-    trained, tested = card.trained, card.tested
-    rows = []
-    if tested.weights_dtype is not None:
-        rows.append((f"test, {tested.weights_dtype} weights, as they load", tested, "test"))
-    rows.append(("test, as trained", trained, "test"))
-    if trained.val_images is not None:
-        rows.append(("validation, as trained", trained, "val"))
-    lines = [
-        "| images of | number | top-1 % | 95 % interval | top-5 % | loss |",
-        "| --- | ---: | ---: | --- | ---: | ---: |",
-    ]
-    for words, record, split in rows:
-        figures = {
-            name: getattr(record, f"{split}_{name}")
-            for name in ("images", "top1_percent", "top1_interval_percent", "top5_percent", "loss")
-        }
-        low, high = figures["top1_interval_percent"]
-        lines.append(
-            f"| {words} | {figures['images']:,} | {figures['top1_percent']:.2f} | "
-            f"{low:.2f} to {high:.2f} | {figures['top5_percent']:.2f} | {figures['loss']:.4f} |"
-        )
-    note = "The test set was read once by the run, at its end"
-    if tested.weights_dtype is not None:
-        note += f", and once more to measure the same weights rounded to {tested.weights_dtype}"
-    return "\n".join(lines) + f"\n\n{note}. Intervals are Wilson's, for one run."
-
-
-def _choice(record: Record) -> str:
-    if record.val_images is None:
-        return "No images were held out; the last epoch is kept."
-    return (
-        f"{record.val_images:,} training images were held out and chose the epoch: "
-        f"{record.best_epoch} of {record.epochs}."
+    head = ModelCardData(
+        license=card.license,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=list(TAGS),
+        datasets=None if data.hub_id is None else [data.hub_id],
+        base_model=card.base_model,
+        metrics=["accuracy"],
+        model_name=card.title,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image Classification",
+                dataset_type=data.hub_id or card.trained.data,
+                dataset_name=data.title,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, value in accuracies.items()
+        ],
     )
-
-
-def _effort(record: Record) -> str:
-    words = [
-        f"{record.epochs} epochs, seed {record.seed}, recipe hash `{record.recipe_hash}`",
-        f"{record.seconds:,.0f} s of training {_hardware(record)}",
-        ", ".join(f"{name} {version}" for name, version in record.versions.items()),
-    ]
-    if record.commit is not None:
-        words.append(f"commit `{record.commit[:12]}`")
-    return ". ".join(words) + "."
-
-
-def _hardware(record: Record) -> str:
-    hardware = record.hardware
-    if hardware.get("gpu"):
-        return f"on {record.num_processes} x {hardware['gpu']}"
-    count = hardware["threads"]
-    threads = "one thread" if count == 1 else f"{count} threads"
-    return f"on {threads} of {hardware['cpu']} ({hardware['cores']} cores)"
-
-
-def _speed(card: Card) -> str:
     phases = [("training", card.trained)]
     if card.tested.kind == "evaluate":
         phases.append(("evaluation", card.tested))
-    lines = [
-        f"{record.images_per_s:,.1f} images/s in {phase} (batch {record.batch_size}), "
-        f"{_hardware(record)}."
-        for phase, record in phases
-    ]
-    return "\n".join([*lines, "As it ran, with whatever else the machine was doing."])
+    fields = {field.name: getattr(card, field.name) for field in dataclasses.fields(card)}
+    filled = ModelCard.from_template(
+        head,
+        template_path=str(TEMPLATE),
+        **fields,
+        data=data,
+        results=_results(card),
+        settings=changed_settings(card.recipe),
+        hardware=_hardware,
+        phases=phases,
+    )
+    return f"{str(filled).rstrip()}\n"
 
 
-def _channels(count: int) -> str:
-    return "one channel" if count == 1 else f"{count} channels"
+def reproduction(record: Record, recipe: Recipe, otherwise: str) -> tuple[str, str]:
+    """What repeats a run anywhere: a shipped recipe where one is the run's, else the run's own.
+
+    Args:
+        record: The run.
+        recipe: Its settings.
+        otherwise: Where recipe.yaml is, if no shipped recipe has the run's hash.
+
+    Returns:
+        `Card.repeat` and `Card.command`.
+    """
+    end = ("" if record.data == "digits" else " --data-dir DIR") + f" --seed {record.seed}"
+    for name in shipped_recipes():
+        own = load_recipe(name, {})
+        if own.digest == recipe.digest:
+            return "", f"timm-xformers train --recipe {name}{end}"
+        changes = {"model": recipe.model, "model_kwargs": recipe.model_kwargs}
+        if own.model_kwargs == recipe.model_kwargs and load_recipe(name, changes).digest == (
+            recipe.digest
+        ):
+            return "", f"timm-xformers train --recipe {name} --model {recipe.model}{end}"
+    return otherwise, f"timm-xformers train --recipe recipe.yaml{end}"
 
 
-def _settings(recipe: Recipe) -> str:
+def changed_settings(recipe: Recipe) -> str:
+    """Settings that differ from the defaults, as YAML that makes the same recipe."""
     defaults = public_settings(Recipe())
     changed = {
         name: value
@@ -202,3 +135,29 @@ def _settings(recipe: Recipe) -> str:
         if value != defaults[name] or name in ("model", "data", "epochs", "batch_size", "lr")
     }
     return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+
+
+def _results(card: Card) -> str:
+    trained, tested = card.trained, card.tested
+    parts = [("test, as trained", trained, "test")]
+    if tested.weights_dtype is not None:
+        parts.insert(0, (f"test, {tested.weights_dtype} weights, as they load", tested, "test"))
+    if trained.val_images is not None:
+        parts.append(("validation, as trained", trained, "val"))
+    rows = []
+    for words, record, split in parts:
+        names = ("images", "top1_percent", "top1_interval_percent", "top5_percent", "loss")
+        images, top1, (low, high), top5, loss = (getattr(record, f"{split}_{n}") for n in names)
+        figures = [f"{images:,}", f"{top1:.2f}", f"{low:.2f} to {high:.2f}", f"{top5:.2f}"]
+        rows.append([words, *figures, f"{loss:.4f}"])
+    heads = ["images of", "number", "top-1 %", "95 % interval", "top-5 %", "loss"]
+    return "\n".join(markdown_table(heads, rows, "lrrlrr"))
+
+
+def _hardware(record: Record) -> str:
+    hardware: dict[str, Any] = record.hardware
+    if hardware.get("gpu"):
+        return f"on {record.num_processes} x {hardware['gpu']}"
+    count = hardware["threads"]
+    threads = "one thread" if count == 1 else f"{count} threads"
+    return f"on {threads} of {hardware['cpu']} ({hardware['cores']} cores)"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ from timm_xformers.records.find_runs import read_record
 from timm_xformers.records.results_json import Record
 from timm_xformers.records.run_folder import RunFolder
 
-__all__ = ["WEIGHTS_FILE", "FinishedRun", "open_finished", "public_settings"]
+__all__ = ["WEIGHTS_FILE", "FinishedRun", "open_finished", "public", "public_settings"]
 
 WEIGHTS_FILE = "model.safetensors"
+# Arguments of models that name files.
+FILES = ("file", "checkpoint_path")
+# A whole value that is a path: after local-dir: or file://, or one that begins as only paths do.
+LOCAL_PATH = re.compile(
+    r"^(local-dir:|file://)?(?:(?<=:)|(?<=//)|(?:[A-Za-z]:)?[/\\]|~|\.\.?[/\\]).*$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +70,21 @@ def open_finished(root: Path) -> FinishedRun:
 
 
 def public_settings(recipe: Recipe) -> dict[str, Any]:
-    """What shapes a run's result: its settings without paths, seed and the machine's affairs."""
+    """What shapes a run's result: its settings without seed, folders and the machine's affairs."""
     values = dataclasses.asdict(recipe)
-    return {name: value for name, value in values.items() if name not in NO_INFLUENCE}
+    return {name: public(value) for name, value in values.items() if name not in NO_INFLUENCE}
+
+
+def public(value: Any) -> Any:
+    """A value, however nested, whose paths on this machine have become the word PATH.
+
+    Starting weights and teachers may lie in a local folder; names of data and models with a slash
+    stay as they are.
+    """
+    if isinstance(value, dict):
+        return {k: "PATH" if k in FILES and v else public(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    return LOCAL_PATH.sub(lambda found: f"{found[1] or ''}PATH", value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,18 +13,27 @@ import yaml
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from timm.models import get_pretrained_cfg, is_model
 
 import timm_xformers
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import find_damage
-from timm_xformers.publishing.card import LICENSE, Card, write_card
+from timm_xformers.publishing.card import (
+    LICENSE,
+    Card,
+    changed_settings,
+    reproduction,
+    write_card,
+)
 from timm_xformers.publishing.finished_run import (
     WEIGHTS_FILE,
     FinishedRun,
     open_finished,
+    public,
     public_settings,
 )
 from timm_xformers.publishing.hub import Repository
+from timm_xformers.records.results_json import Record
 from timm_xformers.records.run_folder import RunFolder
 from timm_xformers.training.build import build_model
 
@@ -36,6 +46,7 @@ def publish(
     *,
     private: bool | None = None,
     dry_run: bool = False,
+    license: str = LICENSE,
     api: HfApi | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -46,6 +57,7 @@ def publish(
         repo_id: OWNER/NAME.
         private: Whether a new repository is its owner's alone; None takes the owner's default.
         dry_run: Say what would be sent, and send nothing.
+        license: Of the weights, as the Hub calls it: ``apache-2.0``, ``cc-by-nc-4.0``, ``other``.
         api: The client; None makes one from the environment.
         say: Takes lines for the user.
 
@@ -53,11 +65,17 @@ def publish(
         UserError: The run or the Hub does not play along.
     """
     _check_name(repo_id)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise UsageError(
+            f"--license {license!r} is no name of the Hub's; use one such as apache-2.0, mit, "
+            "cc-by-nc-4.0 or other (https://huggingface.co/docs/hub/repositories-licenses)."
+        )
     run = open_finished(root)
     with tempfile.TemporaryDirectory() as scratch:
-        files = _stage(run, repo_id, Path(scratch))
+        files = _stage(run, repo_id, license, Path(scratch))
         for name, path in files.items():
             say(f"{path.stat().st_size:>12,}  {name}")
+        say(f"The card says licence {license}; --license chooses another.")
         if dry_run:
             say(f"\n{files['README.md'].read_text(encoding='utf-8')}")
             say(f"Nothing was sent; without --dry-run these files go to {repo_id}.")
@@ -89,7 +107,7 @@ def _check_name(repo_id: str) -> None:
         ) from None
 
 
-def _stage(run: FinishedRun, repo_id: str, folder: Path) -> dict[str, Path]:
+def _stage(run: FinishedRun, repo_id: str, license: str, folder: Path) -> dict[str, Path]:
     """Copy what is published, so that nothing changes between two tries.
 
     Returns:
@@ -106,11 +124,13 @@ def _stage(run: FinishedRun, repo_id: str, folder: Path) -> dict[str, Path]:
         files[name] = folder / name
         files[name].write_text(text, encoding="utf-8", newline="")
 
-    model, _ = build_model(f"local-dir:{best}")
-    add("config.json", _config(run))
-    add("README.md", write_card(_card(run, repo_id, getattr(model, "attn_layer", ""))))
+    model: Any = build_model(f"local-dir:{best}")[0]
+    config = run.config | {"pretrained_cfg": {**run.config["pretrained_cfg"], "license": license}}
+    record = public(dataclasses.asdict(run.record))
+    add("config.json", json.dumps(config, indent=2) + "\n")
+    add("README.md", write_card(_card(run, repo_id, license, getattr(model, "attn_layer", ""))))
     add("recipe.yaml", yaml.safe_dump(public_settings(run.recipe), sort_keys=False))
-    add("results.json", json.dumps(dataclasses.asdict(run.record), indent=2) + "\n")
+    add("results.json", json.dumps(record, indent=2) + "\n")
     source: RunFolder = run.folder
     for path in (source.history, source.curves, source.confusion, source.per_class):
         if path.is_file():
@@ -119,27 +139,45 @@ def _stage(run: FinishedRun, repo_id: str, folder: Path) -> dict[str, Path]:
     return files
 
 
-def _config(run: FinishedRun) -> str:
-    """best/config.json, which timm reads, and the licence."""
-    config: dict[str, Any] = dict(run.config)
-    config["pretrained_cfg"] = {**config["pretrained_cfg"], "license": LICENSE}
-    return json.dumps(config, indent=2) + "\n"
-
-
-def _card(run: FinishedRun, repo_id: str, attention: Any) -> Card:
-    where = "" if run.record.data == "digits" else " --data-dir DIR"
+def _card(run: FinishedRun, repo_id: str, license: str, attention: Any) -> Card:
+    started_from, base_model = _start(run)
+    words = f", with this repository's recipe.yaml (`hf download {repo_id} recipe.yaml"
+    words += " --local-dir .`)"
+    if started_from and "PATH" in changed_settings(run.recipe):
+        words += " and those weights in the place of PATH"
+    repeat, command = reproduction(run.record, run.recipe, words)
+    record = Record(**public(dataclasses.asdict(run.record)))
     return Card(
         title=repo_id.partition("/")[2],
         load=f"hf-hub:{repo_id}",
         attention=attention if isinstance(attention, str) else "",
-        trained=run.record,
-        tested=run.record,
+        trained=record,
+        tested=record,
         recipe=run.recipe,
-        reproduce=f"timm-xformers train --recipe recipe.yaml{where} --seed {run.record.seed}",
+        repeat=repeat,
+        command=command,
+        license=license,
+        base_model=base_model,
+        started_from=started_from,
         curves=run.folder.curves.name if run.folder.curves.is_file() else "",
     )
 
 
+def _start(run: FinishedRun) -> tuple[str, str | None]:
+    """The weights that the run began with: in words, and by name on the Hub if they have one."""
+    model = run.recipe.model
+    kind, _, name = model.rpartition(":")
+    if kind == "local-dir":
+        return "weights in a local folder", None
+    if kind == "hf-hub":
+        return f"`{name}`", name.partition("@")[0]
+    if not run.recipe.pretrained:
+        return "", None
+    source = get_pretrained_cfg(model) if is_model(model) else None
+    return f"`{model}`", getattr(source, "hf_hub_id", None)
+
+
 def _message(run: FinishedRun) -> str:
     record = run.record
-    return f"{record.model} on {record.data}: {record.test_top1_percent:.2f} % of the test set"
+    top1 = f"{record.test_top1_percent:.2f} % of the test set"
+    return f"{public(record.model)} on {record.data}: {top1}"

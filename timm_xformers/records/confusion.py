@@ -9,7 +9,6 @@ from torch import Tensor
 
 from timm_xformers.files.figures import literal, new_figure, save
 from timm_xformers.files.tables import write_csv
-from timm_xformers.files.text import plain
 from timm_xformers.records.results_json import wilson_interval
 
 __all__ = ["ClassRow", "class_rows", "plot_confusion", "write_class_rows"]
@@ -110,7 +109,7 @@ def plot_confusion(path: Path, confusion: Tensor, class_names: Sequence[str], ti
     from matplotlib.colors import PowerNorm
 
     num_classes = confusion.shape[0]
-    names = [literal(plain(name), 24) for name in _names(num_classes, class_names)]
+    names = [literal(name, 24) for name in _names(num_classes, class_names)]
     step = -(-num_classes // MOST_CELLS)
     width = -(-num_classes // step)
     counts = torch.sparse_coo_tensor(
