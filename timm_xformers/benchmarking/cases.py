@@ -26,7 +26,7 @@ from timm_xformers.benchmarking.settings import (
 )
 from timm_xformers.errors import UsageError, nearest
 from timm_xformers.layers.factory import ATTENTION
-from timm_xformers.layers.fused.choice import shared_memory
+from timm_xformers.layers.performer.triton.choice import shared_memory
 from timm_xformers.layers.softmax import SoftmaxAttention
 from timm_xformers.training.build import build_model, check_input
 

@@ -30,7 +30,7 @@ from timm_xformers.benchmarking.timing import (
     run_rounds,
     warm_up,
 )
-from timm_xformers.layers.fused import choice
+from timm_xformers.layers.performer.triton import choice
 from timm_xformers.training.compiling import compile_model
 
 __all__ = ["can_fork", "main", "measure_memory", "measure_time"]

@@ -10,7 +10,6 @@ import timm.models  # noqa: F401
 from timm_xformers.layers.factory import attention_class, list_attention
 from timm_xformers.layers.fnet import FNetMixing, fnet_mixing
 from timm_xformers.layers.layout import set_token_layout
-from timm_xformers.layers.learned import LearnedPerformerAttention
 from timm_xformers.layers.linformer import LinformerAttention, linformer_attention
 from timm_xformers.layers.local import Local1dAttention, Local2dAttention, local_attention
 from timm_xformers.layers.nystrom import NystromAttention, nystrom_attention
@@ -20,6 +19,7 @@ from timm_xformers.layers.performer import (
     performer_attention,
     redraw_features,
 )
+from timm_xformers.layers.performer.learned import LearnedPerformerAttention
 from timm_xformers.layers.positions import sinusoid
 from timm_xformers.layers.rotary import RotaryPositions
 from timm_xformers.layers.seq_pool import SeqPool

@@ -18,11 +18,11 @@ from torch import nn
 
 from timm_xformers.layers.fnet import FNetMixing
 from timm_xformers.layers.heads import HeadsAttention
-from timm_xformers.layers.learned import LearnedPerformerAttention
 from timm_xformers.layers.linformer import LinformerAttention
 from timm_xformers.layers.local import Local1dAttention, Local2dAttention
 from timm_xformers.layers.nystrom import NystromAttention
 from timm_xformers.layers.performer import KERNELS, PerformerAttention
+from timm_xformers.layers.performer.learned import LearnedPerformerAttention
 from timm_xformers.layers.softmax import SoftmaxAttention
 
 __all__ = ["ATTENTION", "attention_class", "list_attention", "register"]

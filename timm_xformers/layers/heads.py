@@ -1,8 +1,10 @@
 """What every mechanism shares: projections into heads, exact attention, precision.
 
 `HeadsAttention` is timm's `Attention` with the softmax taken out: the same constructor arguments
-and parameter names (``qkv, q_norm, k_norm, norm, proj``), so that weights of exact attention load
-into every mechanism. A mechanism overrides `mix`, and adds what it needs beyond that.
+and parameter names (``qkv, q_norm, k_norm, norm, gate, proj``), so that weights of exact attention
+load into every mechanism. Each of these modules is called exactly once per forward pass, with all
+tokens, whatever the mode and size: hooks, pruning, quantisation and norms over the batch rely on
+it. A mechanism overrides `mix`, which begins at queries, keys and values.
 """
 
 import logging
@@ -13,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_xformers.layers.slices import cut_batch
-
 __all__ = [
     "HeadsAttention",
     "attend",
@@ -24,7 +24,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_EXACT_PARTS = frozenset({"qkv", "q_norm", "k_norm", "norm", "proj"})
+_EXACT_PARTS = frozenset({"qkv", "q_norm", "k_norm", "norm", "gate", "proj"})
 
 
 def working_dtype(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
@@ -125,6 +125,8 @@ class HeadsAttention(nn.Module):
         qk_norm: Normalise queries and keys per head with ``norm_layer``.
         scale_norm: Normalise the mixed tokens before the output projection.
         proj_bias: Give the output projection a bias.
+        gated: Multiply the mixed tokens by sigmoid gates, a linear map of the tokens, before the
+            output projection.
         attn_drop: Dropout probability on the attention map, where a mechanism has one.
         proj_drop: Dropout probability after the output projection.
         norm_layer: Constructor of the norms above.
@@ -154,6 +156,7 @@ class HeadsAttention(nn.Module):
         qk_norm: bool = False,
         scale_norm: bool = False,
         proj_bias: bool = True,
+        gated: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: Callable[..., nn.Module] | None = None,
@@ -185,6 +188,7 @@ class HeadsAttention(nn.Module):
         self.rope: nn.Module = nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.norm = make_norm(self.attn_dim, **dd) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **dd) if gated else None
         self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -205,45 +209,10 @@ class HeadsAttention(nn.Module):
         """Queries, keys, values (B, H, N, D) to mixed values (B, H, N, D)."""
         raise NotImplementedError
 
-    def mix_sooner(self, x: Tensor) -> Tensor | None:
-        """A faster order of the same sums, for tokens without a mask.
-
-        `mix` says what is computed; a mechanism that can begin before the projection overrides
-        this. The two agree up to rounding.
-
-        Args:
-            x: Tokens (B, N, C).
-
-        Returns:
-            Mixed heads side by side (B, N, H * D), or None where there is no such order.
-        """
-        return None
-
-    def _mix_tokens(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Tokens (B, N, C) to mixed heads side by side (B, N, H * D), in the order of `mix`."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, C) to queries, keys and values as `mix` takes them, (B, H, N, D) each."""
         q, k, v = self.split(x)
-        q, k = self.rope(self.q_norm(q)), self.rope(self.k_norm(k))
-        mixed = self.mix(q, k, v, attn_mask, is_causal)
-        return mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], self.attn_dim)
-
-    @torch.jit.unused
-    def _attend_unmasked(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, C) to tokens (B, N, dim_out) without a mask, in the fastest order."""
-        done = []
-        for part in cut_batch(x, 3 * self.attn_dim):
-            mixed = self.mix_sooner(part)
-            if mixed is None:
-                mixed = self._mix_tokens(part, None, False)
-            done.append(self.proj(self.norm(mixed)))
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    def projects_each_token(self) -> bool:
-        """Whether queries, keys and values are one linear map of each token, wherever it lies.
-
-        Sums over tokens may then be formed before the projection.
-        """
-        rest = (self.q_norm, self.k_norm, self.rope)
-        return type(self.qkv) is nn.Linear and all(type(part) is nn.Identity for part in rest)
+        return self.rope(self.q_norm(q)), self.rope(self.k_norm(k)), v
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -259,12 +228,12 @@ class HeadsAttention(nn.Module):
         Returns:
             (B, N, dim_out).
         """
-        # TorchScript cannot ask what a tensor is.
-        if attn_mask is None and not is_causal and not torch.jit.is_scripting():
-            x = self._attend_unmasked(x)
-        else:
-            x = self.proj(self.norm(self._mix_tokens(x, attn_mask, is_causal)))
-        out: Tensor = self.proj_drop(x)
+        q, k, v = self.project(x)
+        mixed = self.mix(q, k, v, attn_mask, is_causal)
+        mixed = self.norm(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], self.attn_dim))
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).sigmoid()
+        out: Tensor = self.proj_drop(self.proj(mixed))
         return out
 
     def _load_from_state_dict(

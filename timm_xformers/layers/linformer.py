@@ -218,38 +218,6 @@ class LinformerAttention(HeadsAttention):
             q, k, v, proj_k, proj_v, attn_mask=attn_mask, dropout_p=dropout_p
         )
 
-    def mix_sooner(self, x: Tensor) -> Tensor | None:
-        """E X and F X first: then k rows are projected to keys and values instead of N."""
-        B, N, C = x.shape
-        kv_dim, slots = self.parts[1], self.proj_len
-        # Multiply-adds of keys or values in this order and in that of `mix`, which can be the
-        # cheaper one: few heads for keys, or k near N.
-        here, there = slots * C * (N + kv_dim), N * kv_dim * (C + slots)
-        proj_k = self._fit(self.proj_k, N)
-        if here >= there or proj_k.shape[1] != N or not self.projects_each_token():
-            return None
-        both = proj_k
-        if self.proj_v is not None:
-            both = torch.cat([proj_k, self._fit(self.proj_v, N)])
-        both = both.to(x.dtype)
-        # Tokens first, then images: a single product for the whole batch.
-        tokens = x.transpose(0, 1)
-        short = torch.unflatten(both @ tokens.flatten(1), 1, [B, C])  # (k or 2 k, B, C)
-        rows = [tokens, short[:slots], short[slots:]]
-        heads: list[Tensor] = []
-        for i, weight in enumerate(self.qkv.weight.split_with_sizes(self.parts)):
-            part = F.linear(rows[i], weight)
-            if self.qkv.bias is not None:
-                bias = self.qkv.bias.split_with_sizes(self.parts)[i]
-                if i > 0:  # a slot holds the bias of its tokens as often as their weights add up to
-                    bias = both[(i - 1) * slots : i * slots].sum(dim=1)[:, None, None] * bias
-                part = part + bias
-            heads.append(torch.unflatten(part, -1, [-1, self.head_dim]).permute(1, 2, 0, 3))
-        q, k, v = heads[0], heads[1], heads[-1]  # without F, values are keys
-        k, v = (t.expand(-1, self.num_heads, -1, -1) for t in (k, v))
-        mixed = attend(q, k, v, None, self.attn_drop.p if self.training else 0.0)
-        return mixed.transpose(1, 2).reshape(B, N, self.attn_dim)
-
     def extra_repr(self) -> str:
         """Projected length, for printing."""
         return f"proj_len={self.proj_len}, kv_heads={self.kv_heads}, share_kv={self.share_kv}"

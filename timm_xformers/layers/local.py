@@ -221,34 +221,6 @@ class Local2dAttention(HeadsAttention):
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
 
-    def mix_sooner(self, x: Tensor) -> Tensor | None:
-        """Windows of x instead of queries, keys and values: one copy in place of three."""
-        B, N, _ = x.shape
-        grid, window, shift, P = self.arrange(N)
-        if self.neighbours or P + grid[0] * grid[1] != N or not self.projects_each_token():
-            return None  # the second is refused in `mix`
-        whole = grid[0] % window[0] + grid[1] % window[1] + shift[0] + shift[1] == 0
-        if not whole or grid[0] * grid[1] == window[0] * window[1]:
-            return None  # windows of several sizes, or a single one
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        (q_ids, k_ids) = list_windows(grid, window, shift, False, P, x.device)[0]
-        q, k, v = self.split(take(x, k_ids))  # (B * nW, H, P + w, D), prefix tokens in every one
-        mixed = attend(q[:, :, P:], k, v, None, dropout_p).transpose(1, 2)
-        order = q_ids.flatten().argsort()
-        mixed = mixed.reshape(B, N - P, self.attn_dim).index_select(1, order)
-        if P == 0:
-            return mixed
-        # The keys of all windows are all keys, with the prefix tokens once too often per window.
-        num_windows, num_keys = k_ids.shape
-        later = torch.arange(num_windows, device=x.device).unsqueeze(1) > 0
-        once = ~(later & (torch.arange(num_keys, device=x.device) < P))
-        q, k, v = (
-            t.transpose(1, 2).reshape(B, -1, self.num_heads, self.head_dim).transpose(1, 2)
-            for t in (q, k, v)
-        )
-        front = attend(q[:, :, :P], k, v, once.reshape(1, 1, 1, -1), dropout_p)
-        return torch.cat([front.transpose(1, 2).reshape(B, P, self.attn_dim), mixed], dim=1)
-
     def extra_repr(self) -> str:
         """Window, for printing."""
         return (

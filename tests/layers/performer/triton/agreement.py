@@ -1,4 +1,4 @@
-"""The fused kernels against sums in float64. Run by test_performer.py, in a process of its own.
+"""The fused kernels against sums in float64. Run by test_triton.py, in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is imported: with it, these tests run on the CPU, without it
 on a GPU. The definition is written out here once more, with the (N, S) map and without code of the
@@ -13,14 +13,14 @@ import torch
 from timm.layers import set_fused_attn
 from torch.nn import functional as F
 
-from timm_xformers.layers.fused import blocks, choice, fits, fused_performer_attention
-from timm_xformers.layers.fused import performer as module
 from timm_xformers.layers.performer import (
     KERNELS,
     PerformerAttention,
     orthogonal_directions,
     performer_attention,
 )
+from timm_xformers.layers.performer.triton import blocks, choice, fits, fused_performer_attention
+from timm_xformers.layers.performer.triton import operators as module
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 OPERATOR = "timm_xformers::performer"

@@ -14,7 +14,7 @@ A gradient of a state is one row of memory per image and head: dC (m, E), then u
 import triton
 import triton.language as tl
 
-from timm_xformers.layers.fused.blocks import (
+from timm_xformers.layers.performer.triton.blocks import (
     COUNTS,
     directions,
     gains,

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from timm_xformers.layers.learned import LearnedPerformerAttention
 from timm_xformers.layers.performer import (
     KERNELS,
     PerformerAttention,
@@ -12,6 +11,7 @@ from timm_xformers.layers.performer import (
     performer_attention,
     redraw_features,
 )
+from timm_xformers.layers.performer.learned import LearnedPerformerAttention
 
 DTYPES = [pytest.param(torch.float64, 1e-11, id="f64"), pytest.param(torch.float32, 2e-5, id="f32")]
 

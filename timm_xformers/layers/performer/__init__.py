@@ -21,17 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_xformers.layers.blocked import blocked_performer, in_blocks
-from timm_xformers.layers.folded import folded_performer, pays_folded
-from timm_xformers.layers.fused import fits, fused_performer_attention
 from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
-from timm_xformers.layers.linear import FEATURE_EPS, mix_features
+from timm_xformers.layers.performer import cpu_blocks, triton
+from timm_xformers.layers.performer.linear import FEATURE_EPS, mix_features
 
 __all__ = [
     "KERNELS",
     "PerformerAttention",
     "orthogonal_directions",
     "performer_attention",
+    "performer_form",
     "redraw_features",
 ]
 
@@ -69,10 +68,10 @@ def orthogonal_directions(num_features: int, head_dim: int, seed: int) -> Tensor
 
 def _positive_features(x: Tensor, omega: Tensor, kernel: str, eps: float = FEATURE_EPS) -> Tensor:
     """Features of a kernel without exponentials, from y = x Omega^T with Omega scaled already."""
-    # The constant rides on the matrix product; relu(y) + eps = max(y + eps, eps) then needs one
-    # pass in place instead of two over the largest tensor of the layer.
     if kernel == "relu":
-        return F.linear(x, omega, omega.new_full((omega.shape[0],), eps)).clamp_min_(eps)
+        # The constant rides on the matrix product: relu(y) + eps = max(y + eps, eps).
+        shift = omega.new_full((omega.shape[0],), eps)
+        return F.linear(x, omega, shift).clamp_min(eps)
     y = F.linear(x, omega)
     if kernel == "gelu":  # its minimum is -0.169971
         return F.gelu(y) + (0.17 + eps)
@@ -89,7 +88,7 @@ def _performer(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """The definition, all tokens at once; omega scaled, in the type of the features."""
+    """The definition in plain PyTorch; omega scaled, in the type of the features."""
     dtype = omega.dtype
     q, k = q.to(dtype), k.to(dtype)
     if kernel != "softmax" and kernel != "exp":
@@ -139,14 +138,53 @@ def performer_attention(
     omega = (projection * q.shape[-1] ** -0.25).to(working_dtype(q.dtype, wide=wide))
     if torch.jit.is_scripting():
         x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
-    elif fits(q, k, v, projection, attn_mask, is_causal):  # on a GPU, see `fused`
-        x = fused_performer_attention(q, k, v, projection, kernel, attn_mask)
-    elif autocasts(q.device.type):  # it would round exponents to three digits
-        with torch.autocast(q.device.type, enabled=False):
-            x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
     else:
-        x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
+        form = performer_form(q, k, v, projection, kernel, attn_mask, is_causal)
+        if form == "triton":
+            x = triton.fused_performer_attention(q, k, v, projection, kernel, attn_mask)
+        elif form == "cpu_blocks":
+            run = cpu_blocks.image_by_image if wide else cpu_blocks.blocked_performer
+            x = run(q, k, v, omega, kernel, _performer)
+        elif autocasts(q.device.type):  # it would round exponents to three digits
+            with torch.autocast(q.device.type, enabled=False):
+                x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
+        else:
+            x = _performer(q, k, v, omega, kernel, attn_mask, is_causal)
     return x.to(v.dtype)
+
+
+def performer_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    kernel: str = "softmax",
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> str:
+    """Which code `performer_attention` runs for these arguments; all compute the same.
+
+    Args:
+        q: Queries (B, H, N, D).
+        k: Keys (B, H, S, D).
+        v: Values (B, H, S, E).
+        projection: Directions Omega (m, D).
+        kernel: One of `KERNELS`.
+        attn_mask: As in `performer_attention`.
+        is_causal: Likewise.
+
+    Returns:
+        ``"triton"`` (`triton`: NVIDIA GPUs, if asked for), ``"cpu_blocks"`` (`cpu_blocks`: CPUs, in
+        eager mode, no mask, enough tokens), or ``"plain"``.
+        ``timm.layers.set_fused_attn(False)`` makes it ``"plain"`` everywhere.
+    """
+    if triton.fits(q, k, v, projection, attn_mask, is_causal):
+        return "triton"
+    exponential = kernel == "softmax" or kernel == "exp"
+    unmasked = attn_mask is None and not is_causal
+    if unmasked and cpu_blocks.pays(q, projection.shape[0], exponential):
+        return "cpu_blocks"
+    return "plain"
 
 
 class PerformerAttention(HeadsAttention):
@@ -213,37 +251,10 @@ class PerformerAttention(HeadsAttention):
         )
 
     @torch.jit.unused
-    def mix_sooner(self, x: Tensor) -> Tensor | None:
-        """Features taken from tokens where that is less work, or in blocks."""
-        B, N, _ = x.shape
-        H, D, m, kernel = self.num_heads, self.head_dim, self.num_features, self.kernel
-        if not self.projects_each_token():
-            return None
-        omega = self.features * D**-0.25
-        elements = B * H * N * m
-        if in_blocks(x, elements) and self._may_fold(x):
-
-            def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                qkv = torch.unflatten(F.linear(x, weight, bias), -1, (3, H, D))
-                q, k, v = qkv.permute(2, 0, 3, 1, 4)
-                return _performer(q, k, v, omega, kernel).transpose(1, 2).flatten(2)
-
-            return folded_performer(x, self.qkv.weight, self.qkv.bias, omega, kernel, plain)
-        # Without a gradient to find, the plain order is the faster one for longer.
-        elements = elements if torch.is_grad_enabled() else elements // 4
-        if kernel in ("softmax", "exp") or not in_blocks(x, elements):
-            return None
-        qkv = torch.unflatten(self.qkv(x), -1, (3, H, D))
-        omega = omega.to(working_dtype(qkv.dtype, wide=False))
-        with torch.autocast("cpu", enabled=False):
-            return blocked_performer(qkv, omega, kernel, _performer)
-
-    def _may_fold(self, x: Tensor) -> bool:
-        """Whether folding is less work, and nobody asked for half precision."""
-        if autocasts("cpu") or x.dtype not in (torch.float32, torch.float64):
-            return False
-        shape = x.shape[0], x.shape[1], x.shape[2]
-        return pays_folded(shape, self.num_heads, self.head_dim, self.num_features, self.kernel)
+    def form(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str:
+        """Which code a call with these tokens (B, N, C) runs, see `performer_form`."""
+        q, k, v = self.project(x)
+        return performer_form(q, k, v, self.features, self.kernel, attn_mask, is_causal)
 
     def extra_repr(self) -> str:
         """Kernel and feature count, for printing."""

@@ -19,7 +19,7 @@ float32, in an order that depends on shapes and on the number of multiprocessors
 import triton
 import triton.language as tl
 
-from timm_xformers.layers.fused.blocks import (
+from timm_xformers.layers.performer.triton.blocks import (
     COUNTS,
     directions,
     gains,

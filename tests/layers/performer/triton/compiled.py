@@ -1,6 +1,6 @@
 """The fused kernels through Triton's compiler for an H200, which needs no GPU.
 
-Run by test_performer.py, in a process of its own without the interpreter. What the compiler asks
+Run by test_triton.py, in a process of its own without the interpreter. What the compiler asks
 for must stay under the bounds by which `choice` lets a layer take the kernels.
 """
 
@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_xformers.layers.fused import backward, choice, forward, performer
+from timm_xformers.layers.performer.triton import backward, choice, forward, operators
 
 pytestmark = pytest.mark.slow
 KERNELS = [
@@ -81,7 +81,7 @@ def spilled(made):
 )
 def test_sizes_that_layers_take_fit_the_device(dtype, D, m, feature):
     tokens = torch.empty(1, 1, 1, D, dtype=dtype)
-    static = performer._static(tokens, tokens, torch.empty(m, D), feature)
+    static = operators._static(tokens, tokens, torch.empty(m, D), feature)
     _, each = choice.LIMITS_BF16 if dtype == torch.bfloat16 else choice.LIMITS
     bound = min(choice.H200_SHARED, choice.padded(m) * D * each)
     for kernel in KERNELS:

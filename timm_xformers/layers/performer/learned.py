@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
-from timm_xformers.layers.linear import FEATURE_EPS, mix_features
+from timm_xformers.layers.performer.linear import FEATURE_EPS, mix_features
 
 __all__ = ["LearnedPerformerAttention"]
 

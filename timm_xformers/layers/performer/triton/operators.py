@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_xformers.layers.fused.choice import padded
 from timm_xformers.layers.masks import key_bias, key_padding
+from timm_xformers.layers.performer.triton.choice import padded
 
 __all__ = ["fused_performer_attention"]
 
@@ -94,7 +94,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, projection: Tensor, bias: Tensor | None, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """Output (B, N, H, E), and state (B * H, m * (E + 1)) for backward."""
-    from timm_xformers.layers.fused import forward
+    from timm_xformers.layers.performer.triton import forward
 
     out, state = _outputs(q, k, v, projection, bias, kernel)
     q, k, v, projection = _dense(q), _dense(k), _dense(v), projection.contiguous()
@@ -138,7 +138,7 @@ def _backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (B, N, H, D) of q, k and v from that of the output, (B, N, H, E)."""
-    from timm_xformers.layers.fused import backward
+    from timm_xformers.layers.performer.triton import backward
 
     dq, dk, dv = _gradients(grad, q, k, v, projection, bias, state, kernel)
     q, k, v, projection = _dense(q), _dense(k), _dense(v), projection.contiguous()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_xformers.layers.fused import choice, fits
 from timm_xformers.layers.performer import PerformerAttention, orthogonal_directions
+from timm_xformers.layers.performer.triton import choice, fits
 
 HERE = Path(__file__).parent
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -128,8 +128,8 @@ def test_old_gpus_stay_plain(monkeypatch):
 def test_without_triton_plain_pytorch_runs_in_silence(monkeypatch, caplog):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "timm_xformers.layers.fused.blocks", raising=False)
-    monkeypatch.delattr("timm_xformers.layers.fused.blocks", raising=False)
+    monkeypatch.delitem(sys.modules, "timm_xformers.layers.performer.triton.blocks", raising=False)
+    monkeypatch.delattr("timm_xformers.layers.performer.triton.blocks", raising=False)
     monkeypatch.setattr(choice, "MIN_TOKENS", 1)
     choice.shared_memory.cache_clear()
     layer = PerformerAttention(32, 2, num_features=16)

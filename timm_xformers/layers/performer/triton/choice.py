@@ -105,7 +105,7 @@ def shared_memory(device_type: str, index: int | None) -> int:
     elif torch.cuda.get_device_capability(index) < OLDEST_GPU:
         return 0
     try:
-        from timm_xformers.layers.fused import blocks
+        from timm_xformers.layers.performer.triton import blocks
     except ImportError:  # it comes with PyTorch's own builds for GPUs, and not with others
         return 0
     if device_type == "cpu":
