@@ -10,7 +10,7 @@ from timm_xformers.layers.local import (
     guess_prefix,
     local_attention,
 )
-from timm_xformers.layers.windows import list_windows
+from timm_xformers.layers.windows import cut_map, cut_side, join_map
 
 DTYPES = [pytest.param(torch.float64, 1e-12, id="f64"), pytest.param(torch.float32, 1e-5, id="f32")]
 
@@ -144,16 +144,23 @@ def test_gradcheck(shift):
 
 
 @pytest.mark.parametrize(("grid", "window", "neighbours", "shift", "prefix"), CASES)
-def test_every_token_asks_once_and_windows_of_a_group_are_alike(
+def test_every_token_asks_once_and_its_windows_are_joined_in_order(
     grid, window, neighbours, shift, prefix
 ):
-    groups = list_windows(grid, window, shift, neighbours, prefix, torch.device("cpu"))
-    asked = torch.cat([q_ids.flatten() for q_ids, _ in groups])
-    N = prefix + grid[0] * grid[1]
-    assert torch.equal(asked.sort().values, torch.arange(prefix, N))
-    assert len({(q.shape[1], k.shape[1]) for q, k in groups}) == len(groups)
-    for _, k_ids in groups:
-        assert all(len(set(row)) == len(row) for row in k_ids.tolist()), "a key counts once"
+    rows = cut_side(grid[0], window[0], shift[0], neighbours)
+    cols = cut_side(grid[1], window[1], shift[1], neighbours)
+    ids = torch.arange(2 * grid[0] * grid[1]).reshape(2, *grid, 1, 1)
+    queries, keys = (cut_map(ids, rows, cols, mine) for mine in (False, neighbours))
+    asked = torch.cat([q.flatten() for q in queries])
+    assert torch.equal(asked.sort().values, ids.flatten())
+    assert torch.equal(join_map(queries, 2, rows, cols).flatten(), ids.flatten())
+    for side, runs in zip(grid, (rows, cols), strict=True):
+        assert len(runs) <= 4, "windows of one size, in the middle of a side, are one run"
+        assert sum(many * size for many, _, size, _, _ in runs) == side
+    for q, k in zip(queries, keys, strict=True):
+        for asks, answers in zip(q.flatten(1).tolist(), k.flatten(1).tolist(), strict=True):
+            assert set(asks) <= set(answers)
+            assert len(set(answers)) == len(answers), "a key counts once"
 
 
 def test_a_layer_reaches_its_neighbours_and_no_further():

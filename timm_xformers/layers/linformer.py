@@ -63,9 +63,17 @@ def linformer_attention(
         k, v = k * weight, v * weight
         slots = (proj_k.abs() @ weight.to(proj_k.dtype)).transpose(-2, -1) > 0  # (..., 1, k)
     # A single key and value head is projected once and then shared.
-    k = (proj_k.to(k.dtype) @ k).expand(-1, q.shape[1], -1, -1)  # (B, H, k, D)
-    v = (proj_v.to(v.dtype) @ v).expand(-1, q.shape[1], -1, -1)
+    k = _project(proj_k, k).expand(-1, q.shape[1], -1, -1)  # (B, H, k, D)
+    v = _project(proj_v, v).expand(-1, q.shape[1], -1, -1)
     return attend(q, k, v, slots, dropout_p)
+
+
+def _project(proj: Tensor, x: Tensor) -> Tensor:
+    """Keys or values (B, H, S, D) times (k, S): (B, H, k, D), all heads in one product."""
+    B, H, S, D = x.shape
+    tokens = x.transpose(1, 2).reshape(B, S, H * D)  # a view of what a joint projection gives
+    short = torch.bmm(proj.to(x.dtype).expand(B, -1, -1), tokens)
+    return torch.unflatten(short, -1, [H, D]).transpose(1, 2)
 
 
 def resample_projection(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from timm_xformers.layers.heads import HeadsAttention, attend
-from timm_xformers.layers.windows import list_windows, pick_pairs, take
+from timm_xformers.layers.windows import cut_map, cut_side, join_map, pick_pairs, take
 
 __all__ = ["Local1dAttention", "Local2dAttention", "local_attention"]
 
@@ -72,25 +72,33 @@ def local_attention(
     if reach * window_size[0] >= rows and reach * window_size[1] >= cols:
         return attend(q, k, v, attn_mask, dropout_p, is_causal)
 
-    # A token's heads side by side, as a joint projection leaves them, are one piece to copy.
-    by_token = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    parts: list[Tensor] = []
-    taken: list[Tensor] = []
-    for q_ids, k_ids in list_windows(grid_size, window_size, shift_size, neighbours, P, q.device):
-        mask = pick_pairs(attn_mask, is_causal, q_ids, k_ids)
-        if mask is not None:
-            mask = mask.expand(B, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
-        x = attend(
-            take(by_token[0], q_ids).transpose(1, 2),  # (B * n, H, w, D)
-            take(by_token[1], k_ids).transpose(1, 2),
-            take(by_token[2], k_ids).transpose(1, 2),
-            mask,
-            dropout_p,
-        )
-        parts.append(x.transpose(1, 2).reshape(B, -1, H, v.shape[-1]))
-        taken.append(q_ids.flatten())
-    order = torch.cat(taken).argsort()
-    x = torch.cat(parts, dim=1).index_select(1, order).transpose(1, 2)  # (B, H, N - P, E)
+    row_runs = cut_side(rows, window_size[0], shift_size[0], neighbours)
+    col_runs = cut_side(cols, window_size[1], shift_size[1], neighbours)
+    qs = cut_map(_grid(q, P, grid_size), row_runs, col_runs, False)
+    ks: list[Tensor] = []
+    vs: list[Tensor] = []
+    q_ids: list[Tensor] = []
+    k_ids: list[Tensor] = []
+    shared = neighbours or P > 0  # a key belongs to several windows
+    if not shared:
+        ks = cut_map(_grid(k, 0, grid_size), row_runs, col_runs, False)
+        vs = cut_map(_grid(v, 0, grid_size), row_runs, col_runs, False)
+    if shared or is_causal or attn_mask is not None:  # numbers of tokens, cut as tokens are
+        ids = torch.arange(N, device=q.device)
+        cells = ids[P:].reshape(1, rows, cols, 1, 1)
+        q_ids = [part[:, 0, :, 0] for part in cut_map(cells, row_runs, col_runs, False)]
+        for part in cut_map(cells, row_runs, col_runs, neighbours):
+            k_ids.append(torch.cat([ids[:P].expand(part.shape[0], -1), part[:, 0, :, 0]], dim=1))
+    for i in range(len(qs)):
+        mask: Tensor | None = None
+        if len(q_ids) > 0:
+            mask = pick_pairs(attn_mask, is_causal, q_ids[i], k_ids[i])
+            if mask is not None:
+                mask = mask.expand(B, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
+        keys = take(k, k_ids[i]) if shared else ks[i]
+        values = take(v, k_ids[i]) if shared else vs[i]
+        qs[i] = attend(qs[i], keys, values, mask, dropout_p)
+    x = join_map(qs, B, row_runs, col_runs).reshape(B, N - P, H, v.shape[-1]).transpose(1, 2)
     if P == 0:
         return x
     front: Tensor | None = None
@@ -99,6 +107,13 @@ def local_attention(
     elif attn_mask is not None:
         front = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., :P, :]
     return torch.cat([attend(q[:, :, :P], k, v, front, dropout_p), x], dim=2)
+
+
+def _grid(x: Tensor, num_prefix_tokens: int, grid_size: tuple[int, int]) -> Tensor:
+    """Tokens (B, H, N, D) behind the prefix as a map (B, rows, columns, H, D)."""
+    B, H, _, D = x.shape
+    tokens = x.transpose(1, 2)[:, num_prefix_tokens:]
+    return tokens.reshape(B, grid_size[0], grid_size[1], H, D)
 
 
 def guess_prefix(num_tokens: int) -> int:

@@ -1,24 +1,36 @@
-"""Windows of a token grid: as lists of token numbers, and as reshaped maps.
+"""Windows of a token grid: as maps cut into blocks, and as rolled maps.
 
-The local mechanisms number tokens; the flattened sequence is a grid of one row. Nothing is padded
-or rolled there: a window at the border is a smaller one, and one that a shift cuts in two is two,
-so that a call without a mask of its own needs none. Swin's blocks, whose maps have a bias anyway,
-reshape and mask.
+The local mechanisms cut; the flattened sequence is a grid of one row. Nothing is padded or rolled
+there: a window at the border is a smaller one, and one that a shift cuts in two is two, so that a
+call without a mask of its own needs none. Swin's blocks, whose maps have a bias anyway, pad, roll
+and mask.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["list_windows", "merge", "partition", "pick_pairs", "take", "window_mask"]
+__all__ = ["Run", "cut_map", "cut_side", "join_map", "merge", "partition", "pick_pairs"]
+__all__ += ["take", "window_mask"]
+
+# Like windows in a row along one side: how many, start and length of the first one's queries, start
+# and length of its keys. Each of the others lies one length of queries further on.
+Run = tuple[int, int, int, int, int]
 
 
-def _cut_side(
-    length: int, window: int, shift: int, neighbours: bool, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Windows along one side: runs of like ones, as numbers of rows of queries and of keys.
+def cut_side(length: int, window: int, shift: int, neighbours: bool) -> list[Run]:
+    """Windows along one side.
 
     What lies before the first whole window and behind the last one is a window of its own.
+
+    Args:
+        length: Tokens along the side.
+        window: Those of a window.
+        shift: By how many windows are moved.
+        neighbours: Give a window the keys of the one before and the one behind.
+
+    Returns:
+        Runs of like windows; together their queries are the side, in order.
     """
     # A shift of a window that covers the side would only tear it apart.
     cuts = [0] if shift == 0 or window >= length else [0, shift]
@@ -26,7 +38,7 @@ def _cut_side(
         cuts.append(cuts[-1] + window)
     cuts.append(length)
     count, reach = len(cuts) - 1, 1 if neighbours else 0
-    runs: list[tuple[int, int, int, int, int]] = []  # count, first query and number, same of keys
+    runs: list[Run] = []
     for i in range(count):
         start, end = cuts[i], cuts[i + 1]
         first, last = cuts[max(i - reach, 0)], cuts[min(i + 1 + reach, count)]
@@ -37,68 +49,78 @@ def _cut_side(
                 runs[-1] = (many + 1, run_start, size, run_first, num_keys)
                 continue
         runs.append((1, start, end - start, first, last - first))
-    sides: list[tuple[Tensor, Tensor]] = []
-    for many, start, size, first, num_keys in runs:
-        steps = torch.arange(many, device=device).unsqueeze(1) * size
-        queries = start + steps + torch.arange(size, device=device)
-        sides.append((queries, first + steps + torch.arange(num_keys, device=device)))
-    return sides
+    return runs
 
 
-def list_windows(
-    grid_size: tuple[int, int],
-    window_size: tuple[int, int],
-    shift_size: tuple[int, int],
-    neighbours: bool,
-    num_prefix_tokens: int,
-    device: torch.device,
-) -> list[tuple[Tensor, Tensor]]:
-    """Numbers of the tokens that ask and of those that answer, window by window.
+def _cut(x: Tensor, axis: int, runs: list[Run], keys: bool) -> list[Tensor]:
+    """One axis of a map to (windows, tokens), one tensor per run."""
+    parts: list[Tensor] = []
+    if keys:
+        for many, _, size, first, num_keys in runs:
+            span = x.narrow(axis, first, (many - 1) * size + num_keys)
+            parts.append(span.unfold(axis, num_keys, size).movedim(-1, axis + 1))
+        return parts
+    # The gradient of a split is one copy, that of slices a sum of whole maps.
+    sides = [many * size for many, _, size, _, _ in runs]
+    whole = [x] if len(runs) == 1 else x.split_with_sizes(sides, axis)
+    for i, part in enumerate(whole):
+        shape = list(part.shape)
+        parts.append(part.reshape(shape[:axis] + [runs[i][0], -1] + shape[axis + 1 :]))
+    return parts
 
-    Windows of one size with equally many keys are together. There is no padding: a window at the
-    border has fewer keys, and what does not fill one makes a smaller one.
+
+def cut_map(x: Tensor, rows: list[Run], cols: list[Run], keys: bool) -> list[Tensor]:
+    """Cut a map into windows.
 
     Args:
-        grid_size: Rows and columns of the grid.
-        window_size: Rows and columns of a window.
-        shift_size: Rows and columns by which windows are moved.
-        neighbours: Add the keys of the windows around.
-        num_prefix_tokens: P, the tokens before the grid, which are keys of every window.
-        device: Where to number.
+        x: (B, rows, columns, H, D).
+        rows: Runs of windows from top to bottom, of `cut_side`.
+        cols: Runs from left to right.
+        keys: Take each window's keys, else its queries.
 
     Returns:
-        Pairs of (n, w) and (n, K); all first members together hold each token of the grid once.
+        One tensor (B * windows, H, tokens, D) per pair of runs, row by row.
     """
-    P = num_prefix_tokens
-    before = torch.arange(P, device=device).unsqueeze(0)
-    all_rows = _cut_side(grid_size[0], window_size[0], shift_size[0], neighbours, device)
-    all_cols = _cut_side(grid_size[1], window_size[1], shift_size[1], neighbours, device)
-    windows: list[tuple[Tensor, Tensor]] = []
-    for q_rows, k_rows in all_rows:
-        for q_cols, k_cols in all_cols:
-            q_ids = _cross(q_rows, q_cols, grid_size[1]) + P
-            k_ids = _cross(k_rows, k_cols, grid_size[1]) + P
-            k_ids = torch.cat([before.expand(k_ids.shape[0], -1), k_ids], dim=1)
-            new = True
-            for i in range(len(windows)):
-                qs, ks = windows[i]
-                if qs.shape[1] == q_ids.shape[1] and ks.shape[1] == k_ids.shape[1]:
-                    windows[i] = (torch.cat([qs, q_ids]), torch.cat([ks, k_ids]))
-                    new = False
-            if new:
-                windows.append((q_ids, k_ids))
-    return windows
+    parts: list[Tensor] = []
+    for band in _cut(x, 1, rows, keys):
+        for block in _cut(band, 3, cols, keys):
+            B, nh, wh, nw, ww, H, D = block.shape
+            # A token's heads side by side, as a joint projection leaves them, are one piece to copy.
+            block = block.transpose(2, 3).reshape(B * nh * nw, wh * ww, H, D)
+            parts.append(block.transpose(1, 2))
+    return parts
 
 
-def _cross(rows: Tensor, cols: Tensor, num_cols: int) -> Tensor:
-    """Rows (a, h) and columns (b, w) of windows to token numbers (a * b, h * w)."""
-    ids = rows[:, None, :, None] * num_cols + cols[None, :, None, :]
-    return ids.reshape(-1, rows.shape[1] * cols.shape[1])
+def join_map(parts: list[Tensor], num_maps: int, rows: list[Run], cols: list[Run]) -> Tensor:
+    """Undo `cut_map` for queries.
+
+    Args:
+        parts: (B * windows, H, tokens, D) per pair of runs.
+        num_maps: B.
+        rows: As in `cut_map`.
+        cols: As in `cut_map`.
+
+    Returns:
+        (B, rows, columns, H, D).
+    """
+    bands: list[Tensor] = []
+    for i, (nh, _, wh, _, _) in enumerate(rows):
+        blocks: list[Tensor] = []
+        for j, (nw, _, ww, _, _) in enumerate(cols):
+            part = parts[i * len(cols) + j].transpose(1, 2)
+            H, D = part.shape[2], part.shape[3]
+            block = part.reshape(num_maps, nh, nw, wh, ww, H, D).transpose(2, 3)
+            blocks.append(block.reshape(num_maps, nh * wh, nw * ww, H, D))
+        bands.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2))
+    return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
 
 
 def take(x: Tensor, ids: Tensor) -> Tensor:
-    """Tokens (B, N, ...) by their numbers (n, w): (B * n, w, ...)."""
-    return torch.unflatten(x.index_select(1, ids.flatten()), 1, ids.shape).flatten(0, 1)
+    """Tokens (B, H, N, D) by their numbers (n, w): (B * n, H, w, D)."""
+    n, w = ids.shape
+    B, H, _, D = x.shape
+    taken = x.transpose(1, 2).index_select(1, ids.flatten())
+    return taken.reshape(B * n, w, H, D).transpose(1, 2)
 
 
 def pick_pairs(
