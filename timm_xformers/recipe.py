@@ -26,6 +26,7 @@ from timm_xformers.files.atomic import write_text
 __all__ = [
     "NO_INFLUENCE",
     "Recipe",
+    "allowed",
     "dump_yaml",
     "find_settings",
     "load_recipe",
@@ -68,11 +69,13 @@ def _setting(
     meaning: str,
     *,
     low: float = -math.inf,
-    high: float = math.inf,
+    high: float | None = None,
     above: float | None = None,
     choices: Sequence[str] = (),
 ) -> Any:
     """A field with its meaning, checked against a range (``above``: an open end) or words."""
+    if high is None:
+        high = LARGEST if isinstance(low, int) else math.inf
     metadata = {
         "meaning": meaning,
         "low": low if above is None else above,
@@ -374,27 +377,53 @@ class Recipe:
         write_text(path, dump_yaml(dataclasses.asdict(self)))
 
 
-def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
+# What a value of each type is called in messages.
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list such as [name, name]",
+    dict: "a mapping such as {name: value}",
+    type(None): "null",
+}
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """Types that an annotation allows, without what they hold."""
     union = isinstance(hint, types.UnionType)
-    kinds = [typing.get_origin(k) or k for k in (typing.get_args(hint) if union else (hint,))]
-    optional = type(None) in kinds
-    if value is None and optional:
+    return [typing.get_origin(k) or k for k in (typing.get_args(hint) if union else (hint,))]
+
+
+def _range(bounds: Mapping[str, Any]) -> str:
+    low, high = bounds["low"], bounds["high"]
+    parts = []
+    if low > -math.inf:
+        parts.append(f"above {low:g}" if bounds["open_low"] else f"at least {low:g}")
+    if high < math.inf:
+        parts.append(f"at most {high:.10g}")
+    return " and ".join(parts)
+
+
+def allowed(field: "dataclasses.Field[Any]") -> str:
+    """What a setting takes, in words: types, range, choices."""
+    kinds = _kinds(typing.get_type_hints(Recipe)[field.name])
+    words = " or ".join(WORDS[kind] for kind in kinds)
+    if choices := field.metadata["choices"]:
+        return f"{words}: {', '.join(choices)}"
+    if bounds := _range(field.metadata):
+        return f"{words}, {bounds}"
+    return words
+
+
+def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
+    kinds = _kinds(hint)
+    if value is None and type(None) in kinds:
         return
-    allowed = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        list: "a list such as [name, name]",
-        dict: "a mapping such as {name: value}",
-    }
     accepted = tuple({*kinds, int} if float in kinds else kinds)
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-        words = " or ".join(allowed[kind] for kind in kinds if kind in allowed)
-        raise UsageError(
-            f"{field.name}={_short(value)} has the wrong type; it takes {words}"
-            f"{' or null' if optional else ''}."
-        )
+        words = " or ".join(WORDS[kind] for kind in kinds)
+        raise UsageError(f"{field.name}={_short(value)} has the wrong type; it takes {words}.")
     _check_plain(field.name, value)
     if isinstance(value, dict) and field.name != "class_weights":
         for key in value:
@@ -411,13 +440,12 @@ def _check(field: "dataclasses.Field[Any]", hint: Any, value: Any) -> None:
             )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = bounds["low"], bounds["high"]
-        if int in kinds:
-            high = min(high, LARGEST) if field.name != "seed" else high
         below = value <= low if bounds["open_low"] else value < low
         if below or value > high or not math.isfinite(value):
-            words = f"above {low:g}" if bounds["open_low"] else f"at least {low:g}"
-            words += f" and at most {high:.10g}" if high < math.inf else ""
-            raise UsageError(f"{field.name}={_short(value)} is out of range; use a number {words}.")
+            raise UsageError(
+                f"{field.name}={_short(value)} is out of range; use a number "
+                f"{_range(bounds) or 'that is finite'}."
+            )
 
 
 def _check_plain(name: str, value: Any) -> None:

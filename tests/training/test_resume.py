@@ -32,7 +32,7 @@ BUSY = {
     "grad_accum_steps": 2,
     "batch_size": 32,
 }
-TIMES = ("train_seconds", "wait_seconds")
+TIMES = ("train_seconds", "wait_seconds", "cpu_seconds")
 LAST_FILES = ("config.json", "model.safetensors", "progression.json", "results.csv")
 
 

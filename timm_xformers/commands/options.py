@@ -1,6 +1,7 @@
 """Flags that every command with a recipe shares."""
 
 import argparse
+import sys
 from typing import Any
 
 from timm_xformers.recipe import Recipe, load_recipe, parse_assignments, shipped_recipes
@@ -10,14 +11,18 @@ __all__ = ["add_recipe_options", "given_values", "positive", "recipe_from"]
 # Flags with the name of a recipe field.
 FIELDS = (
     *("model", "data", "data_dir", "classes", "limit", "epochs", "batch_size"),
-    *("img_size", "seed", "output", "num_processes"),
+    *("img_size", "seed", "output", "num_processes", "pretrained"),
 )
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags from which `recipe_from` makes a recipe."""
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe or a YAML file")
-    parser.add_argument("--model", help="timm name, local-dir:FOLDER or hf-hub:OWNER/NAME")
+    parser.add_argument(
+        "--model",
+        help="timm name, with NAME.TAG from its weights; a run folder, local-dir:FOLDER or "
+        "hf-hub:OWNER/NAME",
+    )
     parser.add_argument(
         "--data",
         help="digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, folder, or a timm "
@@ -30,7 +35,9 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help="only these classes, by name or label, numbered anew in this order",
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images per process and pass")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per process and forward pass"
+    )
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the input")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument(
@@ -39,7 +46,11 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="any other settings of the recipe, as YAML; may be repeated",
+        help="any other settings, as YAML; may be repeated; `timm-xformers recipe` explains them",
+    )
+    parser.epilog = (
+        f"Recipes: {', '.join(shipped_recipes())}. `timm-xformers recipe NAME` prints one, "
+        "`timm-xformers recipe KEY` explains a setting."
     )
 
 
@@ -58,8 +69,24 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     source = args.recipe
     if source is None:
         data = values.get("data", Recipe.data)
-        source = data if data in shipped_recipes() else None
-    return load_recipe(source, values)
+        source = data if isinstance(data, str) and data in shipped_recipes() else None
+    recipe = load_recipe(source, values)
+    sides = [entry["img_size"] for entry in recipe.stages if "img_size" in entry]
+    if sides and "img_size" in values and "stages" not in values:
+        print(
+            f"note: the recipe's stages train at {', '.join(map(str, sides))} pixels, over "
+            f"img_size={recipe.img_size}; --set stages=[] trains at one size.",
+            file=sys.stderr,
+        )
+    if source is not None and "epochs" in values:
+        whole = load_recipe(source, {})
+        if recipe.stages != whole.stages and "stages" not in values:
+            print(
+                f"note: the stages of {whole.epochs} epochs were moved to fit {recipe.epochs}: "
+                f"{recipe.stages}.",
+                file=sys.stderr,
+            )
+    return recipe
 
 
 def positive(text: str) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from timm_xformers.commands.options import add_recipe_options, given_values, recipe_from
 from timm_xformers.errors import UsageError, require_extra
+from timm_xformers.recipe import Recipe, shipped_recipes
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -16,6 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's flags."""
     add_recipe_options(parser)
     parser.add_argument("--epochs", type=int, metavar="N")
+    parser.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="start from the model's weights, or not; by default if its name carries some "
+        "(NAME.TAG, a folder, the Hub)",
+    )
     parser.add_argument(
         "--num-processes", type=int, metavar="N", help="refuse to run with more or fewer processes"
     )
@@ -45,13 +53,13 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError("--dry-run shows a run before it starts; drop it, or drop --resume.")
         from timm_xformers.planning.dryrun import dry_run
 
-        print(dry_run(recipe_from(args)))
+        print(dry_run(*_recipe_and_notes(args)))
         return
     if args.resume is None:
-        recipe = recipe_from(args)
+        recipe, notes = _recipe_and_notes(args)
         from timm_xformers.training.train import train
 
-        folder, _ = train(recipe)
+        folder, _ = train(recipe, notes)
     else:
         changes = given_values(args)
         changes.pop("data", None)  # implied by --data-dir
@@ -67,3 +75,15 @@ def run(args: argparse.Namespace) -> None:
         folder, _ = resume(Path(args.resume), **changes)
     if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch
         print(f"Results are in {folder.root}")
+
+
+def _recipe_and_notes(args: argparse.Namespace) -> tuple[Recipe, list[str]]:
+    """The recipe, and the reason for what nobody chose: a model for somebody's own images."""
+    recipe = recipe_from(args)
+    values = given_values(args)
+    if args.recipe or "model" in values or recipe.data in shipped_recipes():
+        return recipe, []
+    from timm_xformers.training.defaults import choose_model
+
+    recipe, reason = choose_model(recipe, values)
+    return recipe, [reason]

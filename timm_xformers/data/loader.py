@@ -7,6 +7,8 @@ workers nor the point at which an epoch is entered changes what a sample looks l
 import contextlib
 import os
 import random
+import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from timm_xformers.data.rawsplit import RawSplit
 from timm_xformers.data.sampling import derive_seed, seed_host
 from timm_xformers.errors import UserError
 
-__all__ = ["LoaderBatches", "usable_cores"]
+__all__ = ["LoaderBatches", "killed_worker", "usable_cores"]
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
@@ -100,6 +102,7 @@ class LoaderBatches:
             batch_sampler=self.plan,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_signals_to_parent,
             pin_memory=device.type == "cuda",
         )
 
@@ -119,6 +122,25 @@ class LoaderBatches:
         except UserError as error:
             # A worker's failure arrives with its traceback as text, the message last.
             raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
+        except RuntimeError as error:
+            raise killed_worker(error) or error from None
+
+
+def killed_worker(error: BaseException) -> UserError | None:
+    """A sentence for PyTorch's report of a dead worker, which comes up anywhere; else None."""
+    if not (found := re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))):
+        return None
+    return UserError(
+        f"Decoding process {found[1]} was killed by the system, most likely for lack of memory "
+        "(on Linux, `dmesg` tells); lower num_workers or batch_size, and go on with --resume."
+    )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ignore what a whole process group is sent: the training process saves, then ends workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def usable_cores() -> int:

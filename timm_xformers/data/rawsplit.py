@@ -51,8 +51,8 @@ class RawSplit:
                 return decode_picture(file, self.mode)
         except Exception as error:  # damaged bytes make decoders raise nearly anything
             raise UserError(
-                f"Cannot read image {self.name(position)}: {_reason(error)}; repair or remove it, "
-                "or leave it out with --set unreadable=skip."
+                f"Cannot read image {self.name(position)}: {_reason(error)}; repair it, or "
+                "leave it out of a new run with --set unreadable=skip."
             ) from error
 
     def problem(self, position: int) -> str | None:

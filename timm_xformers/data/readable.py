@@ -44,7 +44,8 @@ def refuse_unreadable(problems: Sequence[tuple[str, str]], total: int) -> None:
     more = f" and {len(problems) - NAMED_FILES} more" if len(problems) > NAMED_FILES else ""
     raise UserError(
         f"Cannot read {len(problems)} of {total} images: {names}{more} (the first: "
-        f"{problems[0][1]}); repair or remove them, or leave them out with --set unreadable=skip."
+        f"{problems[0][1]}); repair them, or leave them out of a new run with --set "
+        "unreadable=skip."
     )
 
 

@@ -104,6 +104,8 @@ def write_folder(path: Path, *, keep_previous: bool = False) -> Iterator[Path]:
             shutil.rmtree(previous, ignore_errors=True)
     # A full disk is an OSError, to torch a RuntimeError, to safetensors an error of its own.
     except (OSError, RuntimeError, SafetensorError) as error:
+        if "DataLoader worker" in str(error):  # PyTorch reports a dead one at any moment
+            raise
         if not path.parent.is_dir():
             raise UserError(
                 f"Cannot write {path}: the folder {path.parent} was removed; start again."

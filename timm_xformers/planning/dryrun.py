@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -19,8 +20,12 @@ __all__ = ["dry_run", "measure_steps"]
 WARM_UP_STEPS, MEASURED_STEPS = 2, 6
 
 
-def dry_run(recipe: Recipe) -> str:
+def dry_run(recipe: Recipe, reasons: Sequence[str] = ()) -> str:
     """Describe a run without starting it.
+
+    Args:
+        recipe: The settings.
+        reasons: Why settings that nobody chose are as they are.
 
     Returns:
         The resolved recipe as YAML, and as comments the parameters, the steps and the time that
@@ -33,7 +38,9 @@ def dry_run(recipe: Recipe) -> str:
     session = open_session(recipe)
     processes = session.accelerator.num_processes
     lines = [
-        f"{session.num_params:,} parameters, {session.data.num_classes} classes",
+        *reasons,
+        f"{session.num_params:,} parameters, {session.initial_weights}, "
+        f"{session.data.num_classes} classes",
         f"{len(session.data.train)} training images, {processes} process"
         f"{'es' if processes > 1 else ''} on {session.accelerator.device.type}",
     ]

@@ -25,6 +25,7 @@ class EpochRow:
         train_seconds: Wall time of the training part.
         train_images: Images trained on, all processes together.
         wait_seconds: Part of train_seconds spent waiting for data.
+        cpu_seconds: Processor time in train_seconds, of all threads of the first process.
     """
 
     epoch: int
@@ -37,6 +38,7 @@ class EpochRow:
     train_seconds: float
     train_images: int
     wait_seconds: float
+    cpu_seconds: float | None = None
 
 
 def write_history(path: Path, rows: list[EpochRow]) -> None:

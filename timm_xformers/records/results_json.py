@@ -58,21 +58,24 @@ class Record:
         val_loss: Mean cross-entropy.
         test_images: Images of the test split, likewise below.
         skipped_images: Unreadable images left out of the splits in use.
+        initial_weights: ``random weights``, or where training started from.
+        data_digest: Of the names of classes and images, and the labels, of all splits.
         epochs: Epochs trained.
         best_epoch: Epoch whose weights were kept.
         weights_dtype: What the weights were rounded to before these figures; None: as trained.
         recipe_hash: Equal for runs that differ in seed and paths only.
         seed: Seed of the run.
-        batch_size: Images per process and pass.
+        batch_size: Micro-batch, images per process.
         num_processes: Processes.
         mixed_precision: Precision of the passes.
+        cpu_seconds: Processor time of the training process in them, summed over its threads.
         seconds: Time of the training epochs without validation, or of the evaluation.
         images_per_s: Images over that time, all processes together.
         data_wait_percent: Share of that time spent waiting for data.
         step_ms: Mean time of an update, waiting for data included; of the slowest process.
         peak_memory_mib: Peak of the GPU's memory during the run, or of the process on a CPU since
             it began; of the process that took most.
-        commit: Git commit of the package, if it runs from a checkout.
+        commit: Git commit of the package if it runs from a checkout, else its version.
         versions: Python and the packages that matter.
         hardware: Processor, cores, threads, accelerator.
         created: When, in UTC.
@@ -97,6 +100,8 @@ class Record:
     test_top5_percent: float | None = None
     test_loss: float | None = None
     skipped_images: int | None = None
+    initial_weights: str | None = None
+    data_digest: str | None = None
     epochs: int | None = None
     best_epoch: int | None = None
     weights_dtype: str | None = None
@@ -105,6 +110,7 @@ class Record:
     batch_size: int
     num_processes: int
     mixed_precision: str
+    cpu_seconds: float | None = None
     seconds: float
     images_per_s: float
     data_wait_percent: float | None = None
@@ -218,10 +224,10 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that the package runs from; an installed package has none."""
+    """Commit of the checkout that the package runs from, or the version of an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return timm_xformers.__version__
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10)

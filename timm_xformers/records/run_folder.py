@@ -1,6 +1,8 @@
-"""The run folder: its name, and the refusal to write over another run."""
+"""The run folder: its name, the refusal to write over another run, and one writer at a time."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import Recipe, load_recipe
 
-__all__ = ["RunFolder", "create_run_folder", "open_run_folder", "plain_name"]
+__all__ = ["RunFolder", "create_run_folder", "hold", "open_run_folder", "plain_name"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,37 @@ def create_run_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
     return RunFolder(Path(answer[0]))
 
 
+@contextlib.contextmanager
+def hold(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other processes out of a run folder; the lock ends with this process, however it ends.
+
+    Raises:
+        UserError: Another run is writing there.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder.root / ".lock"
+    lock = FileLock(path)
+    answer: list[str] = [""]
+    if accelerator.is_main_process:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            answer = [f"Another process is training in {folder.root}; wait for it, or end it."]
+        except (NotImplementedError, OSError):  # a file system without locks
+            pass
+    broadcast_object_list(answer)
+    if answer[0]:
+        raise UserError(answer[0])
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink()
+        lock.release()
+
+
 def open_run_folder(root: Path) -> tuple[RunFolder, Recipe]:
     """A folder to go on in, and the recipe it was started with.
 
@@ -94,7 +127,10 @@ def open_run_folder(root: Path) -> tuple[RunFolder, Recipe]:
     if not folder.recipe.is_file():
         raise UserError(f"{root} holds no run (recipe.yaml is missing); correct --resume.")
     if folder.record.exists():
-        raise UserError(f"{root} is finished; its figures are in {folder.record}.")
+        raise UserError(
+            f"{root} is finished; its figures are in {folder.record}. To train on from its "
+            f"weights, start a new run: timm-xformers train --model {root}."
+        )
     return folder, load_recipe(str(folder.recipe), {})
 
 
@@ -103,9 +139,10 @@ def _create(recipe: Recipe) -> Path:
         if recipe.output is not None:
             root = Path(recipe.output)
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
+                unfinished = RunFolder(root).recipe.exists() and not RunFolder(root).record.exists()
                 raise UsageError(
-                    f"{root} is not empty; choose another --output, or go on with it by --resume "
-                    f"{root}."
+                    f"{root} is not empty; choose another --output"
+                    + (f", or go on with the run in it: --resume {root}." if unfinished else ".")
                 )
             root.mkdir(parents=True, exist_ok=True)
             return root

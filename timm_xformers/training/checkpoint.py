@@ -26,6 +26,7 @@ __all__ = ["Checkpoint", "Progression", "open_last", "save_best", "save_last"]
 STATE_FILE = "training_state.pt"
 HISTORY_FILE = "results.csv"
 PROGRESSION_FILE = "progression.json"
+ORIGIN_FILE = "origin.json"
 PUBLISHED_ONLY = (
     "tag",
     "license",
@@ -97,6 +98,7 @@ def save_last(
     state: dict[str, Any],
     progression: Progression,
     rows: list[EpochRow],
+    origin: dict[str, Any],
 ) -> None:
     """Write what `save_best` writes, and what the run needs to go on.
 
@@ -109,12 +111,14 @@ def save_last(
         state: Tensors and plain values: optimiser, averaged weights, scaler.
         progression: How far the run got.
         rows: Of the finished epochs.
+        origin: What the run was started with: its ``recipe`` and its ``data``, as JSON has them.
     """
     with write_folder(folder, keep_previous=True) as fresh:
         _export(fresh, model, model_args, preprocessing, class_names)
         torch.save(state, fresh / STATE_FILE)
         text = json.dumps(asdict(progression), indent=2)
         (fresh / PROGRESSION_FILE).write_text(text, encoding="utf-8")
+        (fresh / ORIGIN_FILE).write_text(json.dumps(origin), encoding="utf-8")
         write_history(fresh / HISTORY_FILE, rows)
 
 
@@ -127,12 +131,14 @@ class Checkpoint:
         progression: How far the run got.
         rows: Of the finished epochs.
         damaged: A newer folder that is not used, and why; empty if there is none.
+        origin: What the run was started with; empty in checkpoints of earlier versions.
     """
 
     folder: Path
     progression: Progression
     rows: list[EpochRow]
     damaged: str
+    origin: dict[str, Any]
 
     def load(self, model: nn.Module) -> dict[str, Any]:
         """Read the weights into a model and return the state."""
@@ -163,7 +169,9 @@ def open_last(folder: Path) -> Checkpoint:
         rows = read_history(candidate / HISTORY_FILE)
         # A folder that is not there was being replaced, and the one before it is the newest.
         damaged = complaints if folder.exists() else []
-        return Checkpoint(candidate, Progression(**values), rows, "; ".join(damaged))
+        origin = candidate / ORIGIN_FILE
+        started = json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {}
+        return Checkpoint(candidate, Progression(**values), rows, "; ".join(damaged), started)
     raise UserError(f"No checkpoint to go on from ({'; '.join(complaints)}); start a new run.")
 
 

@@ -22,7 +22,7 @@ from timm_xformers.data.sampling import (
     seed_everything,
     train_batches,
 )
-from timm_xformers.errors import DivergedError
+from timm_xformers.errors import DivergedError, UsageError
 from timm_xformers.training.metrics import add_up
 
 __all__ = ["EpochStats", "EpochSums", "Trainer"]
@@ -42,6 +42,7 @@ class EpochSums:
         images: Images.
         seconds: Wall time.
         wait_seconds: Part of it spent waiting for batches.
+        cpu_seconds: Processor time of all threads of the process.
     """
 
     loss: float = 0.0
@@ -50,6 +51,7 @@ class EpochSums:
     images: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class EpochStats:
         seconds: Wall time.
         wait_seconds: Part of it spent waiting for batches.
         images: Images trained on.
+        cpu_seconds: Processor time of all threads of this process.
     """
 
     loss: float
@@ -70,6 +73,7 @@ class EpochStats:
     seconds: float
     wait_seconds: float
     images: int
+    cpu_seconds: float
 
 
 @dataclass
@@ -86,12 +90,16 @@ class Trainer:
         mixup: Mixes a batch's images and labels, if wanted.
         ema: Averaged weights, if wanted.
         clip_grad: Largest norm of the gradient; 0 does not limit it.
-        grad_accum_steps: Passes per update.
-        batch_size: Images per process and pass.
+        grad_accum_steps: Micro-batches per update.
+        batch_size: Images of a micro-batch, per process.
         updates_per_epoch: Unit of the schedule: updates of an epoch of the last stage.
         channels_last: Hand images over with the channels last.
         seed: Seed of the run.
+        total_epochs: Epochs of the run, unless a budget ends it sooner.
+        max_steps: Budget of updates, if there is one.
+        max_seconds: Budget of processor seconds, if there is one.
         updates: Updates so far.
+        cpu_seconds: Processor seconds of training so far.
     """
 
     accelerator: Accelerator
@@ -108,7 +116,11 @@ class Trainer:
     updates_per_epoch: int
     channels_last: bool
     seed: int
+    total_epochs: int
+    max_steps: int | None = None
+    max_seconds: float | None = None
     updates: int = 0
+    cpu_seconds: float = 0.0
 
     def train_epoch(
         self,
@@ -147,11 +159,14 @@ class Trainer:
         first = sums.passes
         self.wrapped.train()
         start = reported = time.perf_counter() - sums.seconds
+        cpu_start = time.process_time() - sums.cpu_seconds
+        cpu_before = self.cpu_seconds - sums.cpu_seconds
         stream = iter(data.batches(order[first:], epoch))
 
         def sums_so_far() -> EpochSums:
             watch.read()
             sums.seconds = time.perf_counter() - start
+            sums.cpu_seconds = time.process_time() - cpu_start
             return sums
 
         for number in range(first, len(order)):
@@ -162,7 +177,8 @@ class Trainer:
             # The last group of an epoch may be smaller than the others.
             group = number // self.grad_accum_steps * self.grad_accum_steps
             group_size = min(self.grad_accum_steps, len(order) - group)
-            loss, logits, targets = self._pass(images, labels, number - group, group_size)
+            loss, logits, targets = self._step(images, labels, number - group, group_size)
+            self.cpu_seconds = cpu_before + time.process_time() - cpu_start
             if number - group == group_size - 1:
                 self.step_schedule(epoch, number + 1, len(order))
             watch.add(loss, logits, targets)
@@ -172,6 +188,8 @@ class Trainer:
                 mean_loss, top1_percent = watch.read()
                 speed = sums.images * world_size / (now - start)
                 on_progress(number + 1, mean_loss, top1_percent, speed)
+            if number - group == group_size - 1 and self.spent:
+                break
             if on_update and (number + 1) % self.grad_accum_steps == 0 and number + 1 < len(order):
                 on_update(sums_so_far)
         own = dataclasses.astuple(sums_so_far())
@@ -184,7 +202,19 @@ class Trainer:
             seconds=sums.seconds,
             wait_seconds=sums.wait_seconds,
             images=int(images_seen),
+            cpu_seconds=sums.cpu_seconds,
         )
+
+    @property
+    def spent(self) -> bool:
+        """Whether a budget of updates or processor seconds has ended the run."""
+        return self._spent_share >= 1
+
+    @property
+    def _spent_share(self) -> float:
+        if self.max_steps:
+            return self.updates / self.max_steps
+        return self.cpu_seconds / self.max_seconds if self.max_seconds else 0.0
 
     def step_schedule(self, epoch: int, passes: int, num_batches: int) -> None:
         """Set the learning rate to what follows a point of the run.
@@ -200,12 +230,15 @@ class Trainer:
         unit = self.updates_per_epoch
         # Epochs of other stages have more or fewer updates, and count as one unit all the same.
         within: Any = done if all_ == unit else done * unit / all_
-        self.scheduler.step_update((epoch - 1) * unit + within)
+        by_epochs: Any = (epoch - 1) * unit + within
+        # Under a budget, the schedule ends with whatever ends first.
+        by_budget = min(self._spent_share, 1.0) * self.total_epochs * unit
+        self.scheduler.step_update(max(by_epochs, by_budget) if by_budget else by_epochs)
 
-    def _pass(
+    def _step(
         self, images: Tensor, labels: Tensor, place: int, group_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward and backward; after the last pass of a group, one update.
+        """Forward and backward; after the last micro-batch of a group, one update.
 
         Returns:
             Loss, logits (B, classes) and targets: labels (B,), or what mixup made of them,
@@ -222,8 +255,16 @@ class Trainer:
         sync = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
         with sync:
             # Accelerate gives it to the forward pass of unsharded models only.
-            with accelerator.autocast():
-                logits = self.wrapped(images)
+            try:
+                with accelerator.autocast():
+                    logits = self.wrapped(images)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UsageError(
+                    "Batch normalisation cannot train on one value per channel, which a batch of "
+                    f"{len(images)} gives this model; use batch_size=2 or more."
+                ) from error
             loss: Tensor = self.criterion(logits.float(), targets)
             accelerator.backward(loss / group_size)
         if last:

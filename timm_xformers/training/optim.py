@@ -1,18 +1,19 @@
 """What updates the weights: timm's optimisers, schedules, losses, mixing and averaged weights."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import timm.optim
 import timm.optim.muon
 import torch
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_xformers.errors import UsageError, nearest
@@ -128,13 +129,57 @@ def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
     )
 
 
-def make_criterion(recipe: Recipe) -> nn.Module:
-    """The training loss that fits the labels: classes, or the soft labels of mixup."""
-    if recipe.mixup or recipe.cutmix:
+def make_criterion(
+    recipe: Recipe, labels: Tensor, class_names: Sequence[str], num_classes: int
+) -> nn.Module:
+    """The training loss that fits the labels: classes, or the soft labels of mixup.
+
+    Args:
+        recipe: Names the loss.
+        labels: Of the training images (N,), by which classes are balanced.
+        class_names: By label; empty if unknown.
+        num_classes: Width of the classifier.
+
+    Raises:
+        UsageError: ``class_weights`` names a class that is not there.
+    """
+    weights = _class_weights(recipe.class_weights, labels, class_names, num_classes)
+    mixed = bool(recipe.mixup or recipe.cutmix)
+    if recipe.loss == "bce":
+        smoothing = 0.0 if mixed else recipe.smoothing  # else in the labels already
+        return BinaryCrossEntropy(smoothing, weight=weights)
+    if weights is not None:
+        smoothing = 0.0 if mixed else recipe.smoothing
+        return nn.CrossEntropyLoss(weights, label_smoothing=smoothing)
+    if mixed:
         return SoftTargetCrossEntropy()  # type: ignore[no-untyped-call]
     if recipe.smoothing:
         return LabelSmoothingCrossEntropy(recipe.smoothing)  # type: ignore[no-untyped-call]
     return nn.CrossEntropyLoss()
+
+
+def _class_weights(
+    asked: str | dict[str, Any] | None,
+    labels: Tensor,
+    class_names: Sequence[str],
+    num_classes: int,
+) -> Tensor | None:
+    if asked is None:
+        return None
+    if isinstance(asked, str):  # balanced
+        counts = labels.bincount(minlength=num_classes).float()
+        return len(labels) / ((counts > 0).sum() * counts.clamp_min(1))
+    numbers = {str(label): label for label in range(num_classes)}
+    numbers |= {name: label for label, name in enumerate(class_names)}
+    weights = torch.ones(num_classes)
+    for name, factor in asked.items():
+        if name not in numbers:
+            raise UsageError(
+                f"class_weights names {name!r}, which is no class{nearest(name, numbers)}; use "
+                "names of classes, or labels."
+            )
+        weights[numbers[name]] = factor
+    return weights
 
 
 def make_ema(model: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.data.rawsplit import RawSplit
 from timm_xformers.data.sampling import derive_seed, num_train_batches, seed_everything
 from timm_xformers.errors import DivergedError, UsageError
+from timm_xformers.files.atomic import sha256_of
 from timm_xformers.recipe import Recipe
 from timm_xformers.training.build import build_model, check_input
 from timm_xformers.training.compiling import compile_model
@@ -48,6 +50,7 @@ class Session:
         stage: The present one.
         preprocessing: What the model expects of an image.
         model_args: Arguments that build the model again, by name.
+        initial_weights: Where training starts from: ``random weights`` or ``from NAME``.
         trainer: The model and what updates it.
     """
 
@@ -58,8 +61,16 @@ class Session:
     stage: Stage
     preprocessing: Preprocessing
     model_args: dict[str, Any]
+    initial_weights: str
     trainer: Trainer
     _opened: dict[str, Batches | None] = dataclasses.field(default_factory=dict, init=False)
+
+    @property
+    def model_name(self) -> str:
+        """What to call the model in records: no path of a folder."""
+        local = self.recipe.model.startswith("local-dir:")
+        model: Any = self.trainer.model
+        return str(model.pretrained_cfg.get("architecture")) if local else self.recipe.model
 
     @property
     def num_params(self) -> int:
@@ -67,12 +78,12 @@ class Session:
         return sum(parameter.numel() for parameter in self.trainer.model.parameters())
 
     def steps_in(self, epoch: int) -> int:
-        """Passes per process in an epoch."""
+        """Micro-batches per process in an epoch."""
         batch_size = stage_of(self.stages, epoch).batch_size
         return num_train_batches(len(self.data.train), batch_size, self.accelerator.num_processes)
 
     def steps_through(self, epoch: int) -> int:
-        """Passes per process from the start to the end of an epoch."""
+        """Micro-batches per process from the start to the end of an epoch."""
         return sum(self.steps_in(number) for number in range(1, epoch + 1))
 
     def enter(self, epoch: int) -> bool:
@@ -188,6 +199,8 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
             "joined; start them with torchrun --nproc_per_node N, since accelerate launch --cpu "
             "starts one."
         )
+    if recipe.max_seconds and accelerator.num_processes > 1:
+        raise UsageError("max_seconds is for one process; use max_steps.")
     stages = read_stages(recipe, recipe.img_size or data.img_size)
     check_sharding(recipe, stages, accelerator)
     for stage in stages:
@@ -215,8 +228,23 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
         stage=stages[0],
         preprocessing=preprocessing,
         model_args=model_args,
+        initial_weights=_initial_weights(recipe, trainer.model),
         trainer=trainer,
     )
+
+
+def _initial_weights(recipe: Recipe, model: Any) -> str:
+    if not recipe.starts_pretrained:
+        return "random weights"
+    prefix, _, folder = recipe.model.partition(":")
+    config = model.pretrained_cfg
+    if prefix == "local-dir":
+        found = [Path(folder) / name for name in ("model.safetensors", "pytorch_model.bin")]
+        digest = next((sha256_of(path)[:12] for path in found if path.is_file()), "unknown")
+        return f"from a local {config.get('architecture')} (SHA-256 {digest})"
+    if prefix == "hf-hub" or "." in recipe.model:
+        return f"from {recipe.model}"
+    return f"from {recipe.model}.{config.get('tag')}"
 
 
 def _make_trainer(
@@ -271,7 +299,9 @@ def _make_trainer(
         wrapped=wrapped,
         optimizer=prepared,
         scheduler=scheduler,
-        criterion=make_criterion(recipe),
+        criterion=make_criterion(recipe, data.train.labels, data.class_names, data.num_classes).to(
+            accelerator.device
+        ),
         mixup=make_mixup(recipe, data.num_classes),
         ema=ema,
         clip_grad=recipe.clip_grad,
@@ -280,6 +310,9 @@ def _make_trainer(
         updates_per_epoch=updates_per_epoch,
         channels_last=recipe.channels_last,
         seed=recipe.seed,
+        total_epochs=recipe.epochs,
+        max_steps=recipe.max_steps,
+        max_seconds=recipe.max_seconds,
     )
     return preprocessing, model_args, trainer
 

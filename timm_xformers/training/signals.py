@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests: the run saves at its next update and ends."""
+"""Signals that ask a run to end: it saves its state at the next update, then stops."""
 
 import signal
 import threading
@@ -6,6 +6,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 __all__ = ["StopRequest", "Stopped"]
+
+# Ctrl-C; schedulers and `timeout`; a terminal that closes (there is none on Windows).
+REQUESTS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
 class Stopped(Exception):
@@ -22,7 +25,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Remembers the first signal; the second one interrupts at once, as without this.
+    """Remembers the first signal. A second Ctrl-C interrupts at once, as without this.
+
+    Other signals often come twice (`timeout` sends one to the process and one to its group, systemd
+    two kinds), and must not keep the state from being saved.
 
     Attributes:
         signum: The signal that came, 0 before.
@@ -34,7 +40,11 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in REQUESTS:
+                # nohup ignores SIGHUP, and so it stays. Shells start background jobs with SIGINT
+                # ignored, and a scheduler's must be heard.
+                if signal.getsignal(signum) is signal.SIG_IGN and signum != signal.SIGINT:
+                    continue
                 self._before[signum] = signal.signal(signum, self._remember)
         return self
 
@@ -48,6 +58,6 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum:
+        if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum = signum
+        self.signum = self.signum or signum

@@ -154,4 +154,4 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in fields
         if name not in NOT_SENT
-    }
+    } | ({"model": "local-dir"} if recipe.model.startswith("local-dir:") else {})

@@ -1,6 +1,7 @@
 """One training run, from a recipe to a folder of results."""
 
 import dataclasses
+import json
 import math
 import shutil
 import time
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from timm_xformers.data.digest import changes, describe, digest_of
+from timm_xformers.data.loader import killed_worker
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import previous_of, recover, sweep
-from timm_xformers.recipe import Recipe
+from timm_xformers.recipe import NO_INFLUENCE, Recipe
 from timm_xformers.records.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.records.curves import plot_curves
 from timm_xformers.records.results_csv import EpochRow, write_history
@@ -25,7 +28,7 @@ from timm_xformers.records.results_json import (
     reset_peak_memory,
     split_fields,
 )
-from timm_xformers.records.run_folder import RunFolder, create_run_folder, open_run_folder
+from timm_xformers.records.run_folder import RunFolder, create_run_folder, hold, open_run_folder
 from timm_xformers.training.build import build_model
 from timm_xformers.training.checkpoint import (
     Checkpoint,
@@ -37,7 +40,7 @@ from timm_xformers.training.checkpoint import (
 from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochStats, EpochSums
 from timm_xformers.training.metrics import Metrics, evaluate_model
-from timm_xformers.training.progress import Progress, epoch_line, headline, summary
+from timm_xformers.training.run_log import RunLog, epoch_line, headline, summary
 from timm_xformers.training.session import Session, open_session
 from timm_xformers.training.sharding import gather_shards, place, whole_weights
 from timm_xformers.training.signals import Stopped, StopRequest
@@ -50,8 +53,12 @@ NO_BEST: dict[str, Any] = {"best_epoch": 0, "best_top1": -1, "best_loss": math.i
 UPDATES_BETWEEN_QUESTIONS = 8
 
 
-def train(recipe: Recipe) -> tuple[RunFolder, Record]:
+def train(recipe: Recipe, notes: Sequence[str] = ()) -> tuple[RunFolder, Record]:
     """Train from the start.
+
+    Args:
+        recipe: The settings.
+        notes: To be said after the headline.
 
     Raises:
         UserError: Something the user can repair. What finished epochs left behind is kept.
@@ -59,36 +66,48 @@ def train(recipe: Recipe) -> tuple[RunFolder, Record]:
     tracker_names(recipe)  # refuses what is missing before any work
     session = open_session(recipe)
     folder = create_run_folder(recipe, session.accelerator)
-    if session.accelerator.is_main_process:
-        recipe.save(folder.recipe)
-    progression = Progression(num_processes=session.accelerator.num_processes)
-    run = _Run(session, folder, progression, [])
-    # Before the first epoch, so that a full disk or a missing right costs no training.
-    run.save()
-    return folder, run.execute()
+    with hold(folder, session.accelerator):
+        if session.accelerator.is_main_process:
+            recipe.save(folder.recipe)
+        return folder, _start(session, folder, notes)
 
 
-def resume(root: Path, **changes: Any) -> tuple[RunFolder, Record]:
+def resume(root: Path, **settings: Any) -> tuple[RunFolder, Record]:
     """Go on where the last checkpoint stands, to the result of the undisturbed run.
 
     Args:
         root: A run folder.
-        changes: Fields that do not shape the result: ``data_dir``, ``num_workers``.
+        settings: Fields that do not shape the result: ``data_dir``, ``num_workers``.
 
     Raises:
-        UserError: There is nothing to go on with, or something the user can repair.
+        UserError: There is nothing to go on with, the data or the recipe changed, another process
+            is training there, or something else the user can repair.
     """
     folder, recipe = open_run_folder(root)
     tracker_names(recipe)
-    session = open_session(dataclasses.replace(recipe, **changes))
-    if session.accelerator.is_main_process:
-        sweep(folder.root)
-    session.accelerator.wait_for_everyone()
-    if not (folder.last.exists() or previous_of(folder.last).exists()):
-        run = _Run(session, folder, Progression(session.accelerator.num_processes), [])
-        run.save()
-        return folder, run.execute(["There is no checkpoint yet; starting at the beginning."])
+    session = open_session(dataclasses.replace(recipe, **settings))
+    with hold(folder, session.accelerator):
+        if folder.record.exists():
+            open_run_folder(root)  # finished meanwhile, which it says
+        if session.accelerator.is_main_process:
+            sweep(folder.root)
+        session.accelerator.wait_for_everyone()
+        if not (folder.last.exists() or previous_of(folder.last).exists()):
+            notes = ["There is no checkpoint yet; starting at the beginning."]
+            return folder, _start(session, folder, notes)
+        return folder, _go_on(session, folder)
+
+
+def _start(session: Session, folder: RunFolder, notes: Sequence[str]) -> Record:
+    run = _Run(session, folder, Progression(session.accelerator.num_processes), [])
+    # Before the first epoch, so that a full disk or a missing right costs no training.
+    run.save()
+    return run.execute(notes)
+
+
+def _go_on(session: Session, folder: RunFolder) -> Record:
     checkpoint = open_last(folder.last)
+    _refuse_changes(checkpoint.origin, _origin(session), folder)
     _restore(session, checkpoint, folder.root)
     progression, notes = checkpoint.progression, [f"Going on {checkpoint.progression.place}."]
     if checkpoint.damaged:
@@ -100,7 +119,40 @@ def resume(root: Path, **changes: Any) -> tuple[RunFolder, Record]:
     if damage:
         notes.append(f"{folder.best} is damaged ({damage}); a later epoch will replace it.")
         progression = dataclasses.replace(progression, **NO_BEST)
-    return folder, _Run(session, folder, progression, checkpoint.rows).execute(notes)
+    return _Run(session, folder, progression, checkpoint.rows).execute(notes)
+
+
+def _origin(session: Session) -> dict[str, Any]:
+    """What a run is bound to: its recipe and its data."""
+    # Through JSON, as it comes back from a file.
+    recipe: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(session.recipe)))
+    shaping = {
+        name: value for name, value in recipe.items() if name == "seed" or name not in NO_INFLUENCE
+    }
+    return {"recipe": shaping, "data": describe(session.data)}
+
+
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
+    """A run goes on with the recipe and the data that it began with, or not at all."""
+    if not before:  # written by an earlier version
+        return
+    # Settings that came with a newer version are as they are.
+    changed = [
+        f"{name} is {now['recipe'].get(name)!r} and was {value!r}"
+        for name, value in before["recipe"].items()
+        if now["recipe"].get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder.recipe} is not what the run began with: {'; '.join(changed)}. Restore it, or "
+            "start a new run."
+        )
+    if difference := changes(before["data"], now["data"]):
+        raise UserError(
+            f"The data is not what the run in {folder.root} began with: {difference}. Restore it, "
+            "or name its folder by --data-dir, or start a new run; one from these weights: "
+            f"timm-xformers train --model {folder.root}."
+        )
 
 
 @dataclasses.dataclass
@@ -125,6 +177,12 @@ class _Run:
         # Now, so that an image that cannot be decoded stops the run before it begins.
         for name in ("train", "val", "test"):
             self.session.opened(name)
+        self.origin = _origin(self.session)
+        # An epoch that is not finished has its own.
+        self.session.trainer.cpu_seconds = sum(row.cpu_seconds or 0.0 for row in self.rows)
+        if self.progression.sums:
+            rank = self.session.accelerator.process_index
+            self.session.trainer.cpu_seconds += self.progression.sums[rank].cpu_seconds
 
     def execute(self, notes: Sequence[str] = ()) -> Record:
         """Train what is left, then measure the best weights.
@@ -137,62 +195,67 @@ class _Run:
         """
         session, folder = self.session, self.folder
         recipe, accelerator = session.recipe, session.accelerator
-        done_passes = self.progression.sums[0].passes if self.progression.sums else 0
+        done_steps = self.progression.sums[0].passes if self.progression.sums else 0
         reset_peak_memory(accelerator.device)
-        progress = Progress(
+        total_steps = session.steps_through(recipe.epochs)
+        if recipe.max_steps:
+            total_steps = min(total_steps, recipe.max_steps * recipe.grad_accum_steps)
+        log = RunLog(
             folder.log,
-            total_steps=session.steps_through(recipe.epochs),
-            done_steps=session.steps_through(self.progression.epoch) + done_passes,
+            total_steps=total_steps,
+            done_steps=session.steps_through(self.progression.epoch) + done_steps,
             speaking=accelerator.is_main_process,
         )
         with (
             StopRequest() as request,
-            progress,
+            log,
             Trackers(
                 tracker_names(recipe),
                 accelerator,
                 recipe,
                 folder.root,
                 done_epochs=self.progression.epoch,
-                say=progress.say,
+                say=log.say,
             ) as trackers,
         ):
             warning = emulation_note(recipe.mixed_precision, accelerator.device)
             for line in (headline(session, folder.root), *notes, warning):
                 if line is not None:
-                    progress.say(line)
+                    log.say(line)
             for name in session.data.skipped:
-                progress.say(f"left out, cannot be read: {name}")
+                log.say(f"left out, cannot be read: {name}")
             try:
                 for epoch in range(self.progression.epoch + 1, recipe.epochs + 1):
-                    reached, row = self._epoch(epoch, progress, request)
+                    if session.trainer.spent:
+                        break
+                    reached, row = self._epoch(epoch, log, request)
                     self.rows.append(row)
                     if accelerator.is_main_process:
                         write_history(folder.history, self.rows)
                         trackers.log_epoch(row)
                     self.save(reached)
-                    left = progress.remaining(session.steps_through(epoch))
-                    progress.say(epoch_line(row, recipe.epochs, left))
+                    left = log.remaining(session.steps_through(epoch))
+                    log.say(epoch_line(row, recipe.epochs, left))
                     self._leave_if_asked(request.signum if epoch < recipe.epochs else 0)
             except (KeyboardInterrupt, Stopped):
-                progress.say(
+                log.say(
                     f"Stopped. {folder.last} holds the state {self.progression.place}; go on with: "
                     f"timm-xformers train --resume {folder.root}"
                 )
                 raise
+            except RuntimeError as error:
+                raise killed_worker(error) or error from None
             record = self._measure()
             if accelerator.is_main_process:
                 plot_curves(folder.curves, self.rows, record)
                 record.save(folder.record)
                 trackers.log_record(record)
                 shutil.rmtree(previous_of(folder.last), ignore_errors=True)
-            progress.say(summary(record))
+            log.say(summary(record))
         accelerator.end_training()
         return record
 
-    def _epoch(
-        self, epoch: int, progress: Progress, request: StopRequest
-    ) -> tuple[Progression, EpochRow]:
+    def _epoch(self, epoch: int, log: RunLog, request: StopRequest) -> tuple[Progression, EpochRow]:
         session, trainer = self.session, self.session.trainer
         if session.enter(epoch):
             # Only weights of the last size are of use.
@@ -202,7 +265,7 @@ class _Run:
         rank, sums = session.accelerator.process_index, self.progression.sums
         stats, metrics = session.run_epoch(
             epoch,
-            on_progress=lambda done, *figures: progress.at(before + done, label, *figures),
+            on_progress=lambda done, *figures: log.at(before + done, label, *figures),
             on_update=lambda so_far: self._between_updates(so_far, request),
             sums=dataclasses.replace(sums[rank]) if sums else None,
         )
@@ -266,7 +329,15 @@ class _Run:
         with whole_weights(trainer.model):
             if accelerator.is_main_process:
                 description = _description(self.session)
-                save_last(self.folder.last, trainer.model, *description, state, reached, self.rows)
+                save_last(
+                    self.folder.last,
+                    trainer.model,
+                    *description,
+                    state,
+                    reached,
+                    self.rows,
+                    self.origin,
+                )
         accelerator.wait_for_everyone()
         self.progression = reached
         self.saved_at = time.monotonic()
@@ -290,7 +361,7 @@ class _Run:
         waited = sum(row.wait_seconds for row in self.rows)
         return Record(
             kind="train",
-            model=recipe.model,
+            model=session.model_name,
             model_kwargs=recipe.model_kwargs,
             params=session.num_params,
             data=recipe.data,
@@ -298,13 +369,16 @@ class _Run:
             in_chans=session.preprocessing.in_chans,
             num_classes=session.data.num_classes,
             skipped_images=len(session.data.skipped),
-            epochs=recipe.epochs,
+            initial_weights=session.initial_weights,
+            data_digest=digest_of(self.origin["data"]),
+            epochs=len(self.rows),
             best_epoch=self.progression.best_epoch,
             recipe_hash=recipe.digest,
             seed=recipe.seed,
             batch_size=recipe.batch_size,
             num_processes=accelerator.num_processes,
             mixed_precision=recipe.mixed_precision,
+            cpu_seconds=round(session.trainer.cpu_seconds, 2),
             seconds=round(seconds, 2),
             images_per_s=round(sum(row.train_images for row in self.rows) / seconds, 1),
             data_wait_percent=round(100 * waited / seconds, 2),
@@ -316,7 +390,7 @@ class _Run:
     def _write_classes(self, metrics: Metrics, split: str) -> None:
         recipe, names = self.session.recipe, self.session.data.class_names
         write_class_rows(self.folder.per_class, class_rows(metrics.confusion, names))
-        title = f"{recipe.model} on {recipe.data}, {split}: {metrics.top1_percent:.2f} %"
+        title = f"{self.session.model_name} on {recipe.data}, {split}: {metrics.top1_percent:.2f} %"
         plot_confusion(self.folder.confusion, metrics.confusion, names, title)
 
 
@@ -376,4 +450,5 @@ def _row(
         train_seconds=stats.seconds,
         train_images=stats.images,
         wait_seconds=stats.wait_seconds,
+        cpu_seconds=stats.cpu_seconds,
     )

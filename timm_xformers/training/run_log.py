@@ -1,7 +1,10 @@
-"""What a run says: a progress bar on a terminal, one line per epoch elsewhere, all of it logged."""
+"""What a run says: to log.txt, then to the terminal, with a progress bar if it is one."""
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -11,11 +14,13 @@ from timm_xformers.records.results_csv import EpochRow
 from timm_xformers.records.results_json import Record
 from timm_xformers.training.session import Session
 
-__all__ = ["Progress", "epoch_line", "headline", "summary"]
+__all__ = ["RunLog", "epoch_line", "headline", "summary"]
 
 
-class Progress:
+class RunLog:
     """Speaks for one run, on the main process.
+
+    A terminal or pipe that is gone is left alone: the run goes on, and log.txt has every line.
 
     Args:
         log_path: File that receives every line; None writes none.
@@ -27,7 +32,7 @@ class Progress:
     def __init__(
         self, log_path: Path | None, total_steps: int, done_steps: int, *, speaking: bool
     ) -> None:
-        self.speaking = speaking
+        self.speaking, self.gone = speaking, False
         self.log = log_path.open("a", encoding="utf-8") if log_path and speaking else None
         self.total_steps = total_steps
         self.start_steps = done_steps
@@ -41,7 +46,7 @@ class Progress:
             file=sys.stderr,
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(
@@ -50,20 +55,34 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.bar.close()
+        self._show(self.bar.close)
         if self.log is not None:
             self.log.close()
 
     def say(self, text: str) -> None:
-        """Show a line and log it."""
+        """Log a line and show it, above the bar if there is one."""
         if not self.speaking:
             return
-        # Above the bar, if there is one.
-        self.bar.write(text, file=sys.stderr)
-        sys.stderr.flush()
         if self.log is not None:
             self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self.log.flush()
+
+        def write() -> None:
+            self.bar.write(text, file=sys.stderr)
+            sys.stderr.flush()
+
+        self._show(write)
+
+    def _show(self, action: Callable[[], object]) -> None:
+        if self.gone:
+            return
+        try:
+            action()
+        except (OSError, ValueError):  # EIO of a closed terminal, EPIPE, a closed file
+            self.gone = self.bar.disable = True
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                # Else the interpreter tries to flush what is left, and complains.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def at(
         self, step: int, epoch: str, loss: float, top1_percent: float, images_per_s: float
@@ -76,7 +95,7 @@ class Progress:
             f"loss {loss:.3f}, top-1 {top1_percent:.1f} %, {images_per_s:.0f} images/s",
             refresh=False,
         )
-        self.bar.update(step - self.bar.n)
+        self._show(lambda: self.bar.update(step - self.bar.n))
 
     def remaining(self, step: int) -> str:
         """Words for the time that is left, judged by this session's steps."""
@@ -91,9 +110,11 @@ def headline(session: Session, root: Path) -> str:
     data = session.data
     sizes = (("training", data.train), ("validation", data.val), ("test", data.test))
     images = ", ".join(f"{len(split)} {name}" for name, split in sizes if split is not None)
+    sides = dict.fromkeys(stage.img_size for stage in session.stages)
+    size = session.preprocessing.img_size if len(sides) < 2 else " then ".join(map(str, sides))
     return (
-        f"{session.recipe.model}: {session.num_params:,} parameters on {session.recipe.data} "
-        f"({images} images of {session.preprocessing.img_size} px), "
+        f"{session.recipe.model}, {session.initial_weights}: {session.num_params:,} parameters on "
+        f"{session.recipe.data} ({images} images of {size} px), "
         f"{session.accelerator.num_processes} x {session.accelerator.device.type}, into {root}"
     )
 
