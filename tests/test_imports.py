@@ -44,7 +44,7 @@ ARROWS = {
         | {"recipe", "studies", "training"},
         {"torch", "timm"},
     ),
-    "cli": ({"commands", "errors", "training"}, {"torch", "timm"}),
+    "cli": ({"commands", "errors", "recipe", "training"}, {"torch", "timm"}),
 }
 # What mechanisms share, where the factory imports it too.
 SHARED_LAYERS = {"heads"}
