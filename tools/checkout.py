@@ -41,8 +41,13 @@ class Checkout:
 
     @property
     def readme(self) -> Path:
-        """Holds the table of results, less the many small ones."""
+        """Holds a table of few results."""
         return self.root / "README.md"
+
+    @property
+    def models_page(self) -> Path:
+        """Holds the table of models, below the command that prints it."""
+        return self.root / "docs" / "models.md"
 
     @property
     def results_page(self) -> Path:

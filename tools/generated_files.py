@@ -15,11 +15,12 @@ from timm_xformers.publishing.card import Card, reproduction, write_card
 from timm_xformers.records.results_json import Record
 from timm_xformers.weights import Weights, read_manifest
 from tools.checkout import Checkout
+from tools.readme_table import readme_table
 from tools.result_tables import results_table, source_sentence
 
 __all__ = ["package_cards", "stale_files", "write_generated"]
 
-TABLE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", flags=re.DOTALL)
+BLOCK = re.compile(r"(<!-- (results|readme) -->\n).*?(?=<!-- /\2 -->)", flags=re.DOTALL)
 # The table of models, below the command that prints it.
 MODELS = re.compile(
     r"(^timm-xformers (models [^\n]*)\n```\n\n<!-- models -->\n).*?(?=<!-- /models -->)",
@@ -32,25 +33,26 @@ def write_generated(checkout: Checkout) -> None:
     checkout.cards.mkdir(exist_ok=True)
     for name, text in package_cards(checkout).items():
         write_text(checkout.card(name), text)
-    for path, table in _results_tables(checkout).items():
-        text = _put(TABLE, table, path.read_text(encoding="utf-8"))
-        text = MODELS.sub(lambda found: found[1] + _models_table(found[2], checkout), text)
+    for path, text in _pages(checkout).items():
         write_text(path, text)
+    if checkout.models_page.is_file():
+        page = checkout.models_page.read_text(encoding="utf-8")
+        page = MODELS.sub(lambda found: found[1] + _models_table(found[2], checkout), page)
+        write_text(checkout.models_page, page)
 
 
-def _put(place: re.Pattern[str], table: str, text: str) -> str:
-    return place.sub(lambda _: table, text)
-
-
-def _results_tables(checkout: Checkout) -> dict[Path, str]:
+def _pages(checkout: Checkout) -> dict[Path, str]:
+    """Pages with tables from records, as they should be."""
+    tables = {"readme": readme_table(checkout), "results": results_table(checkout)}
+    pages = (checkout.readme, checkout.results_page)
     return {
-        checkout.readme: results_table(checkout, readme=True),
-        checkout.results_page: results_table(checkout, readme=False),
+        path: BLOCK.sub(lambda found: found[1] + tables[found[2]], path.read_text(encoding="utf-8"))
+        for path in pages
     }
 
 
 def _models_table(command: str, checkout: Checkout) -> str:
-    """What the README's command prints, in a process that has not met the manifest of before."""
+    """What the page's command prints, in a process that has not met the manifest of before."""
     done = subprocess.run(
         [sys.executable, "-m", "timm_xformers", *command.split()],
         cwd=checkout.root,
@@ -59,7 +61,9 @@ def _models_table(command: str, checkout: Checkout) -> str:
         check=False,
     )
     if done.returncode:
-        raise UserError(f"`timm-xformers {command}` of {checkout.readme} fails; correct it there.")
+        raise UserError(
+            f"`timm-xformers {command}` of {checkout.models_page} fails; correct it there."
+        )
     return done.stdout
 
 
@@ -69,10 +73,11 @@ def stale_files(checkout: Checkout) -> list[str]:
     found = {path.stem: path.read_text(encoding="utf-8") for path in checkout.cards.glob("*.md")}
     stale = [name for name in sorted({*cards, *found}) if cards.get(name) != found.get(name)]
     files = [f"model_cards/{name}.md" for name in stale]
-    for path, table in _results_tables(checkout).items():
-        shown = TABLE.search(path.read_text(encoding="utf-8"))
-        if shown is None or shown[0] != table:
-            files.append(path.relative_to(checkout.root).as_posix())
+    files += [
+        path.relative_to(checkout.root).as_posix()
+        for path, text in _pages(checkout).items()
+        if path.read_text(encoding="utf-8") != text
+    ]
     return files
 
 

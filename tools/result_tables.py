@@ -1,4 +1,4 @@
-"""Tables of results, from records: all of them, and those that the README shows.
+"""The table of results, from records.
 
 A row of one run whose weights are in the package has the figure of these weights, rounded and as
 they load, since that is what a reader can measure again; every other row that of its runs.
@@ -27,20 +27,12 @@ HEADINGS = (
     *("test top-1 %", "seeds", "published"),
 )
 DATA_ORDER = ("digits", "mnist", "cifar10", "cifar100")
-# The data set that nearly every model has weights for.
-MANY = "digits"
 # What makers add to a processor's name.
 NOISE = re.compile(r"\((?:R|TM)\)| (?:Processor|CPU)\b.*| \d+-Core.*")
 
 
-def results_table(checkout: Checkout, *, readme: bool) -> str:
-    """Rows of runs that differ in seed only, by data set and in the order of the records.
-
-    Args:
-        checkout: Where the records are.
-        readme: Keep the packaged weights but for those of `MANY`, and what was run with several
-            seeds; link from the top folder instead of from docs.
-    """
+def results_table(checkout: Checkout) -> str:
+    """Rows of runs that differ in seed only, by data set and in the order of the records."""
     notes = checkout.load_notes()
     cards = {
         (entry.model, entry.tag, entry.recipe_hash): name
@@ -54,10 +46,7 @@ def results_table(checkout: Checkout, *, readme: bool) -> str:
             groups.setdefault((record.model, str(record.recipe_hash)), []).append(record)
         for (model, recipe_hash), runs in groups.items():
             card = cards.get((model, data, recipe_hash))
-            if readme and (data == MANY if card else len(runs) == 1):
-                continue
-            folder = "model_cards" if readme else "../model_cards"
-            rows.append(_row(data, runs, card, folder, notes, checkout))
+            rows.append(_row(data, runs, card, notes, checkout))
     return "\n".join(markdown_table(HEADINGS, rows, "l")) + "\n"
 
 
@@ -71,12 +60,11 @@ def _row(
     data: str,
     runs: Sequence[Record],
     card: str | None,
-    cards: str,
     notes: dict[str, Any],
     checkout: Checkout,
 ) -> tuple[str, ...]:
     first = runs[0]
-    link = f" ([weights]({cards}/{card}.md))" if card else ""
+    link = f" ([weights](../model_cards/{card}.md))" if card else ""
     recipe_hash = str(first.recipe_hash)
     mixes = notes["mixes"].get(recipe_hash) or notes["mixes"].get(first.model)
     if mixes is None:
