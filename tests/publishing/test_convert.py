@@ -26,7 +26,8 @@ from tools.generated_files import stale_files, write_generated
 from tools.package_weights import add_to_package
 
 NAME = "vix_mnist_nano.digits"
-README = "# A\n<!-- results -->\n<!-- /results -->\nB\n"
+README = "# A\n<!-- readme -->\n<!-- /readme -->\nB\n"
+PAGE = README.replace("readme", "results")
 NOTES = "mixes: {vix_mnist_nano: tiny patches}\ncommands: {}\npublished: {}\n"
 
 
@@ -39,7 +40,7 @@ def checkout(tmp_path) -> Checkout:
     made.notes.write_text(NOTES)
     made.readme.write_text(README)
     made.results_page.parent.mkdir()
-    made.results_page.write_text(README)
+    made.results_page.write_text(PAGE)
     (made.root / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n")
     return made
 
@@ -103,8 +104,16 @@ def test_adding_writes_everything_that_belongs_to_it(finished_run, checkout):
 
     assert checkout.load_recipe(entry.recipe_hash).digest == entry.recipe_hash
     assert "output" not in yaml.safe_load(checkout.stored_recipe(entry.recipe_hash).read_text())
-    # Weights of digits are many: the README has their page, not their rows.
-    assert "nano" not in checkout.readme.read_text()
+    # The README shows what the notes list.
+    assert checkout.readme.read_text() == README
+    rows = f"rows: {{vix_mnist_nano: {entry.recipe_hash}}}, mixes: {{vix_mnist_nano: exact}}"
+    listed = f"readme: {{data: digits, recipe: digits, {rows}, conditions: On a CPU.}}\n"
+    checkout.notes.write_text(NOTES + listed)
+    assert stale_files(checkout) == ["README.md"]
+    write_generated(checkout)
+    assert f"| `vix_mnist_nano` | exact | {entry.test_top1_percent:.2f} (" in (
+        checkout.readme.read_text()
+    )
     row = next(line for line in checkout.results_page.read_text().splitlines() if "nano" in line)
     assert f"{entry.test_top1_percent:.2f} | 1 | - |" in row  # as they load
     assert f"[weights](../model_cards/{NAME}.md)" in row
@@ -203,12 +212,15 @@ def test_command_says_both_figures(finished_run, capsys):
 
 
 def test_stale_files_are_noticed(finished_run, checkout):
-    add_to_package(open_finished(finished_run), checkout)
+    entry, _ = add_to_package(open_finished(finished_run), checkout)
+    rows = f"rows: {{vix_mnist_nano: {entry.recipe_hash}}}, mixes: {{vix_mnist_nano: exact}}"
+    listed = f"readme: {{data: digits, recipe: digits, {rows}, conditions: On a CPU.}}\n"
+    checkout.notes.write_text(NOTES + listed)
     card = checkout.card(NAME)
     card.write_text(card.read_text() + "by hand\n")
     checkout.card("old").write_text("of weights that are gone\n")
     checkout.readme.write_text(README)
-    checkout.results_page.write_text(README)
+    checkout.results_page.write_text(PAGE)
     wanted = ["model_cards/old.md", f"model_cards/{NAME}.md", "README.md", "docs/results.md"]
     assert sorted(stale_files(checkout)) == sorted(wanted)
     checkout.card("old").unlink()
