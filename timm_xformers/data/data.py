@@ -117,7 +117,11 @@ def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) 
     """
     if recipe.rand_augment is not None:
         check_policy(recipe.rand_augment)
-    source = open_source(recipe)
+    if recipe.test_split == "none":
+        source = open_source(dataclasses.replace(recipe, test_split=None))
+        source = dataclasses.replace(source, test=None)
+    else:
+        source = open_source(recipe)
     if recipe.classes is not None:
         source = select_classes(source, recipe.classes)
     known = KNOWN_SETS.get(recipe.data)

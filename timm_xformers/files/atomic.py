@@ -17,6 +17,7 @@ from pathlib import Path
 from timm_xformers.errors import UserError
 
 __all__ = [
+    "MANIFEST_FILE",
     "find_damage",
     "previous_of",
     "recover",

@@ -6,11 +6,19 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from timm_xformers.errors import UsageError, UserError, nearest
+from timm_xformers.files.atomic import MANIFEST_FILE, find_damage
 
 __all__ = ["build_model", "check_input"]
+
+# What models raise at arguments, weights and inputs that do not fit them.
+FAILURES = (
+    *(AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(ArithmeticError, MemoryError),
+)
 
 
 def build_model(
@@ -36,7 +44,7 @@ def build_model(
     Raises:
         UserError: The name is unknown, the arguments do not fit or the weights do not load.
     """
-    _check_name(name)
+    _check_name(name, pretrained=pretrained)
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"There is no checkpoint {checkpoint}; name a .safetensors or .pth file.")
     path = "" if checkpoint is None else str(checkpoint)
@@ -56,7 +64,7 @@ def build_model(
             model = timm.create_model(
                 name, pretrained=pretrained, checkpoint_path=path, **arguments
             )
-    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (*FAILURES, SafetensorError) as error:
         words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UserError(f"Cannot build {name}({words}): {_one_line(error)}") from error
     return model, arguments
@@ -86,7 +94,7 @@ def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *shape))
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except FAILURES as error:
         raise UserError(
             f"The model does not take images of {'x'.join(map(str, shape))}: {_one_line(error)}"
         ) from error
@@ -94,13 +102,17 @@ def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
         model.train(mode)
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, *, pretrained: bool) -> None:
     prefix, colon, rest = name.partition(":")
     if colon and prefix == "local-dir":
         if not (Path(rest) / "config.json").is_file():
             raise UserError(
                 f"{rest} holds no model: config.json is missing; name a folder such as RUN/best."
             )
+        # Folders of ours have a manifest, by which flipped bits are found that would still load.
+        listed = pretrained and (Path(rest) / MANIFEST_FILE).is_file()
+        if listed and (damage := find_damage(Path(rest))):
+            raise UserError(f"{rest} is damaged ({damage}); restore it, or train again.")
     elif not colon and not timm.is_model(name):
         known = timm.list_models()
         raise UsageError(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from timm.data import create_transform
 from timm.layers import PatchDropout
 from torch import nn
 from torch.optim import Optimizer
@@ -84,7 +86,11 @@ class Session:
 
     def steps_through(self, epoch: int) -> int:
         """Micro-batches per process from the start to the end of an epoch."""
-        return sum(self.steps_in(number) for number in range(1, epoch + 1))
+        ends = [*(stage.epoch for stage in self.stages[1:]), epoch + 1]
+        return sum(
+            max(min(end, epoch + 1) - stage.epoch, 0) * self.steps_in(stage.epoch)
+            for stage, end in zip(self.stages, ends, strict=True)
+        )
 
     def enter(self, epoch: int) -> bool:
         """Bring the model to the stage of an epoch.
@@ -190,6 +196,7 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
     Raises:
         UserError: Something the user can repair.
     """
+    _check_auto_augment(recipe.auto_augment)
     # Before the process group: a stream opened after it would be cut by rank.
     data = data or open_data(recipe)
     accelerator = make_accelerator(recipe.mixed_precision, fsdp=recipe.fsdp)
@@ -231,6 +238,22 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
         initial_weights=_initial_weights(recipe, trainer.model),
         trainer=trainer,
     )
+
+
+def _check_auto_augment(policy: str | None) -> None:
+    """Try a policy here: timm takes some that fail only now and then, in a worker."""
+    if policy is None:
+        return
+    image = Image.new("RGB", (16, 16))
+    try:
+        transform = create_transform((3, 16, 16), is_training=True, auto_augment=policy)
+        for _ in range(200):
+            transform(image)
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"auto_augment={policy!r} does not work in timm: {error}; use one such as "
+            "rand-m9-mstd0.5, original or augmix-m3."
+        ) from error
 
 
 def _initial_weights(recipe: Recipe, model: Any) -> str:
