@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from timm_xformers.layers.layout import set_token_layout
     from timm_xformers.layers.performer import redraw_features
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["__version__", "list_attention", "redraw_features", "set_token_layout"]
 
