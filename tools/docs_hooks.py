@@ -3,7 +3,9 @@
 MkDocs calls these functions by name (https://www.mkdocs.org/user-guide/plugins/#events).
 """
 
+import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri == "changes.md":
         return markdown.replace("](docs/", "](")
     markdown = re.sub(r"<!-- file: (\S+\.py) -->", _python_file, markdown)
-    markdown = markdown.replace("<!-- recipes -->", _recipes())
+    if page.file.src_uri == "recipes.md":
+        markdown = markdown.replace("<!-- recipes -->", _recipes())
+        markdown = markdown.replace("<!-- settings -->", _settings())
     return markdown.replace("](../model_cards/", "](model_cards/")
 
 
@@ -43,6 +47,20 @@ def _recipes() -> str:
         lines = path.read_text(encoding="utf-8").splitlines()
         head = " ".join(line[1:].strip() for line in lines[: _head_length(lines)])
         rows.append(f"| `{path.stem}` | {head} |")
+    return "\n".join(rows)
+
+
+def _settings() -> str:
+    """Each setting with its meaning, what it takes, and its default."""
+    sys.path.insert(0, str(ROOT))  # the site builds without the package's dependencies
+    from timm_xformers.recipe import Recipe, allowed, dump_yaml
+
+    rows = ["| setting | meaning | takes | default |", "| --- | --- | --- | --- |"]
+    for field in dataclasses.fields(Recipe):
+        value = getattr(Recipe(), field.name)
+        default = dump_yaml({"x": value})[3:].strip()
+        cells = (f"`{field.name}`", field.metadata["meaning"], allowed(field), f"`{default}`")
+        rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     return "\n".join(rows)
 
 
