@@ -5,6 +5,8 @@ their recipes and models looked up; those below ``<!-- run -->`` run as well, th
 ``<!-- run: slow -->`` in the slow tests. ``<!-- no run: REASON -->`` spares a Python block.
 """
 
+import argparse
+import importlib
 import re
 import shlex
 import subprocess
@@ -94,8 +96,9 @@ def test_code_runs_with_its_long_commands(name, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "words"), COMMANDS, ids=lambda value: str(value)[:60])
 def test_commands_are_understood(name, words):
     assert words[0] in cli.COMMANDS
-    parser, _ = cli._parser()
-    parser.parse_args(words)
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"timm_xformers.commands.{words[0]}").add_arguments(parser)
+    parser.parse_args(words[1:])
     for option, known in (("--recipe", shipped_recipes()), ("--space", shipped_spaces())):
         if option in words:
             value = words[words.index(option) + 1]
