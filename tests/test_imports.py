@@ -37,10 +37,20 @@ ARROWS = {
     "planning": (BELOW_TRAINING | {"training"}, None),
     "benchmarking": (BELOW_TRAINING | {"training"}, None),
     "studies": (BELOW_TRAINING | {"training"}, None),
+    "exporting": (BELOW_TRAINING | {"training"}, None),
     "publishing": (BELOW_TRAINING | {"planning", "predicting", "training"}, None),
     # Commands import what they need when they run: --help loads neither torch nor an extra.
     "commands": (
-        {"benchmarking", "data", "errors", "files", "planning", "predicting", "publishing"}
+        {
+            "benchmarking",
+            "data",
+            "errors",
+            "exporting",
+            "files",
+            "planning",
+            "predicting",
+            "publishing",
+        }
         | {"recipe", "studies", "training"},
         {"torch", "timm"},
     ),

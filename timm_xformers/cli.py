@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from timm_xformers import __version__
 from timm_xformers.errors import UserError, nearest
 from timm_xformers.recipe import Recipe
 from timm_xformers.training.signals import Stopped
@@ -22,7 +23,7 @@ __all__ = ["main"]
 
 COMMANDS = (
     *("train", "evaluate", "select", "report", "models", "predict", "convert", "publish"),
-    *("recipe", "shards", "plan", "benchmark"),
+    *("recipe", "export", "shards", "plan", "benchmark", "env"),
 )
 # The file system's refusals: the user's to repair, wherever they come up.
 REFUSALS = (
@@ -75,6 +76,7 @@ def _parse(modules: dict[str, ModuleType], argv: Sequence[str] | None) -> argpar
     parser = argparse.ArgumentParser(
         prog="timm-xformers", description="Efficient attention for vision, as timm models."
     )
+    parser.add_argument("--version", action="version", version=f"timm-xformers {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
     for name, module in modules.items():

@@ -1,0 +1,142 @@
+"""Exported files give the model's logits, at any batch size, and hold no folder of this machine."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_xformers.cli import main
+from timm_xformers.errors import UserError
+from timm_xformers.exporting import export as module
+from timm_xformers.exporting.export import export, sheet_of
+from timm_xformers.exporting.int8 import quantize_weights
+
+NAME = "vix_softmax.digits"
+FORMATS = [
+    pytest.param(
+        ".onnx",
+        marks=pytest.mark.skipif(find_spec("onnxscript") is None, reason="needs the extra export"),
+    ),
+    ".pt2",
+    pytest.param(
+        ".xml",
+        marks=pytest.mark.skipif(find_spec("openvino") is None, reason="needs OpenVINO"),
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch):
+    monkeypatch.setattr(module, "TIMED_SECONDS", 1e-6)
+
+
+def reload(path):
+    """The file as a function of images."""
+    if path.suffix == ".pt2":
+        return torch.export.load(str(path)).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path))
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_file_gives_the_models_logits_at_any_batch_size(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    done = export(NAME, path)
+    assert (done.path, done.batch_sizes) == (path, [1, 2, 5])
+    assert done.difference < 1e-5
+    assert done.same_top1_percent == 100
+    assert done.images_per_s > 0 < done.model_images_per_s
+    assert {entry.name for entry in tmp_path.iterdir()} >= {path.name, sheet_of(path).name}
+    assert not list(tmp_path.glob(".txf-*"))
+    if suffix == ".xml":
+        return
+    model = timm.create_model(NAME, pretrained=True).eval()
+    images = torch.randn(7, *model.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(reload(path)(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_int8_is_smaller_and_close(tmp_path, suffix):
+    whole = export(NAME, tmp_path / f"whole{suffix}", batch_size=2)
+    small = export(NAME, tmp_path / f"small{suffix}", batch_size=2, int8=True)
+    assert small.megabytes < 0.75 * whole.megabytes
+    assert whole.difference < 1e-5 < small.difference < module.CLOSE_INT8
+
+
+def test_int8_keeps_each_row_within_half_a_step():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    weight = layer.weight.detach().clone()
+    with torch.no_grad():
+        weight[3] *= 1000
+        layer.weight.copy_(weight)
+    assert quantize_weights(layer) == 64 * 32
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((layer.weight - weight).abs() <= step / 2 + 1e-7 * weight.abs()).all()
+    assert layer.parametrizations.weight.original.dtype == torch.int8
+    assert quantize_weights(nn.Sequential(nn.Linear(4, 4))) == 0
+
+
+def test_run_folder_from_the_command_line(finished_run, tmp_path, capsys):
+    path = tmp_path / "new" / "nano.pt2"
+    command = ["export", str(finished_run), "--output", str(path), "--batch-size", "3"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{path}: ExportedProgram" in said
+    assert "any batch size" not in said
+    assert "at batch 3" in said
+    sheet = json.loads(sheet_of(path).read_text())
+    assert sheet["input"] == ["batch", 1, 8, 8]
+    assert sheet["label_names"] == list(map(str, range(10)))
+    assert str(tmp_path).encode() not in path.read_bytes()
+    assert main(command) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "code", "said"),
+    [
+        (NAME, ["--output", "a.txt"], 2, "end it in one of .onnx, .pt2, .xml"),
+        (NAME, ["--output", "a.pt2", "--opset", "18"], 2, "--opset is ONNX's"),
+        ("no_such_model", ["--output", "a.pt2"], 2, "Unknown model"),
+        ("vix_softmax", ["--output", "a.pt2", "--img-size", "0"], 2, "not a whole number"),
+    ],
+)
+def test_what_cannot_be_exported_is_a_sentence(
+    tmp_path, monkeypatch, capsys, model, words, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = main(["export", model, *words])
+    except SystemExit as end:  # argparse's
+        found = end.code
+    assert found == code
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_with_other_logits_is_not_kept(tmp_path, monkeypatch):
+    def wrong(model, example, path, free, opset):
+        path.write_bytes(b"")
+        return lambda images: model(images) + 1
+
+    monkeypatch.setitem(module._WRITERS, ".pt2", wrong)
+    with pytest.raises(UserError, match="differ from the model's"):
+        export(NAME, tmp_path / "a.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exporter_that_fails_is_named_with_a_way_on(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such\noperator")
+
+    monkeypatch.setitem(module._WRITERS, ".pt2", fails)
+    with pytest.raises(UserError, match=r"\(RuntimeError: no such operator\); try a fixed"):
+        export(NAME, tmp_path / "a.pt2")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,68 @@
+"""``timm-xformers export``: a model as a file for ONNX Runtime, torch.export or OpenVINO."""
+
+import argparse
+from pathlib import Path
+
+from timm_xformers.commands.options import positive
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "write a model as ONNX, ExportedProgram or OpenVINO, compare it and time it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's flags."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="timm name, hf-hub:OWNER/NAME, local-dir:FOLDER or a run"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="new file: .onnx, .pt2 (ExportedProgram) or .xml (OpenVINO, if installed)",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=positive,
+        metavar="PIXELS",
+        help="of the input; default: the model's",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="fix the batch; default: any size"
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="store weights as int8, a quarter of the size"
+    )
+    parser.add_argument("--opset", type=positive, metavar="N", help="of ONNX")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export, and say how the file compares with the model."""
+    from timm_xformers.exporting.export import FORMATS, export, sheet_of
+
+    path = Path(args.output)
+    done = export(
+        _weights_of(args.model),
+        path,
+        img_size=args.img_size,
+        batch_size=args.batch_size,
+        int8=args.int8,
+        opset=args.opset,
+    )
+    batches = ", ".join(map(str, done.batch_sizes))
+    free = "" if args.batch_size else ", any batch size"
+    print(f"{path}: {FORMATS[path.suffix]}, {done.megabytes:.2f} MB{free}")
+    print(
+        f"logits: {done.difference:.1e} of their norm from PyTorch's at batch {batches}, "
+        f"{done.same_top1_percent:.0f} % of images in the same class"
+    )
+    print(f"images/s on this CPU: {done.images_per_s:,.1f}, PyTorch {done.model_images_per_s:,.1f}")
+    print(f"what its inputs must be and its labels are in {sheet_of(path)}")
+
+
+def _weights_of(name: str) -> str:
+    """A run folder, or a folder of weights, as timm wants to hear it."""
+    for folder in (Path(name) / "best", Path(name)):
+        if (folder / "config.json").is_file():
+            return f"local-dir:{folder}"
+    return name
