@@ -207,6 +207,11 @@ def _export(
     finally:
         packing.remove()
         exported.pretrained_cfg = before
+    # It stands beside the arguments, and transformers passes both: a twofold argument.
+    path = folder / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(written, indent=2), encoding="utf-8")
 
 
 def _pack(model: nn.Module, weights: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
