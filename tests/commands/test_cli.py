@@ -1,5 +1,6 @@
 """The command line: answers at once, exits with the right code, the same from every door."""
 
+import dataclasses
 import json
 import os
 import re
@@ -349,3 +350,77 @@ def test_models_lists_mechanisms(capsys):
         "needs_fixed_grid": False,
     }
     assert len(models("--attention --format csv", capsys).out.splitlines()) > 50
+
+
+def test_recipes_and_settings_are_explained(capsys):
+    from timm_xformers.recipe import Recipe, shipped_recipes
+
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    assert main(["recipe"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*names, *shipped_recipes()))
+    assert main(["recipe", "lr"]) == 0
+    assert capsys.readouterr().out == (
+        "# Peak learning rate. Takes a number, above 0. Default: 0.001.\nlr: 0.001\n"
+    )
+    assert main(["recipe", "sched"]) == 0
+    assert "Takes text: cosine, tanh, poly" in capsys.readouterr().out
+    assert main(["recipe", "digts"]) == 2
+    assert "nearest: digits" in capsys.readouterr().err
+
+
+def test_a_printed_recipe_is_a_recipe(capsys, tmp_path):
+    from timm_xformers.recipe import load_recipe
+
+    assert main(["recipe", "mnist_growing"]) == 0
+    (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
+    assert load_recipe(str(tmp_path / "r.yaml"), {}) == load_recipe("mnist_growing", {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train --lr 3", "lr is a setting: --set lr=VALUE"),
+        ("train --weight-decay=3", "weight_decay is a setting"),
+        ("train --attn-layer x", "--set model_kwargs.attn_layer=VALUE"),
+        ("models --mechanim x", "nearest: --mechanism"),
+    ],
+)
+def test_unknown_flags_point_to_the_way(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_train_help_lists_the_recipes(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mnist_growing" in said
+    assert "recipe KEY" in said
+
+
+def test_a_reader_that_left_ends_quietly():
+    command = f"{sys.executable} -m timm_xformers recipe digits | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stderr == ""
+    assert result.returncode in (0, 141)
+
+
+def test_what_stages_override_is_said(capsys, monkeypatch):
+    from timm_xformers.commands import options
+
+    def recipe_of(text):
+        parser = options.argparse.ArgumentParser()
+        options.add_recipe_options(parser)
+        parser.add_argument("--epochs", type=int)
+        return options.recipe_from(parser.parse_args(text.split()))
+
+    recipe_of("--recipe mnist_growing --img-size 28")
+    assert "stages train at 14, 28 pixels" in capsys.readouterr().err
+    recipe_of("--recipe mnist_growing --img-size 28 --set stages=[]")
+    assert capsys.readouterr().err == ""
+    recipe = recipe_of("--data cifar100 --epochs 1")
+    assert [stage["epoch"] for stage in recipe.stages] == [1]
+    assert "moved to fit 1" in capsys.readouterr().err

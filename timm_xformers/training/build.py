@@ -64,7 +64,11 @@ def build_model(
             model = timm.create_model(
                 name, pretrained=pretrained, checkpoint_path=path, **arguments
             )
-    except (*FAILURES, SafetensorError) as error:
+    except SafetensorError as error:
+        raise UserError(
+            f"The weights of {name} are cut off or damaged ({_one_line(error)}); bring them again."
+        ) from error
+    except FAILURES as error:
         words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UserError(f"Cannot build {name}({words}): {_one_line(error)}") from error
     return model, arguments

@@ -102,8 +102,10 @@ def make_scheduler(
         "min_lr": recipe.min_lr,
         **recipe.sched_kwargs,
     }
-    scheduler: Scheduler | None
-    try:
+    total = recipe.epochs * updates_per_epoch
+
+    def create(optimizer: Optimizer) -> Scheduler | None:
+        scheduler: Scheduler | None
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=recipe.sched,
@@ -112,7 +114,15 @@ def make_scheduler(
             updates_per_epoch=updates_per_epoch,
             **options,
         )
-    except (AssertionError, TypeError, ValueError) as error:
+        return scheduler
+
+    try:
+        # Tried on nothing first: some arguments fail only when the schedule is asked for a rate.
+        if trial := create(torch.optim.SGD([torch.zeros(1, requires_grad=True)], recipe.lr)):
+            for step in (0, 1, total // 2, total):
+                trial.step_update(step)
+        scheduler = create(optimizer)
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"sched={recipe.sched} with sched_kwargs={options}: {error}") from error
     return scheduler
 

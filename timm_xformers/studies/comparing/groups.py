@@ -33,6 +33,8 @@ SAME = (
     "params",
     "val_images",
     "test_images",
+    "data_digest",
+    "initial_weights",
 )
 # Said of a model, in this order, until no other on the same data is called the same: fields of the
 # record, then what differs between the recipes, then the rest.
@@ -43,6 +45,7 @@ TELLING = (
     "batch_size",
     "mixed_precision",
     "num_processes",
+    "initial_weights",
     "kind",
 )
 TELLING_LAST = ("recipe_hash", *SAME)
