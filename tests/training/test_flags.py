@@ -50,6 +50,9 @@ ON_DIGITS = {
     "rand_augment": "n1-m9",
     "classes": [3, 5, 7],
     "limit": 700,
+    "max_steps": 5,
+    "loss": "bce",
+    "class_weights": {"3": 5.0},
     "seed": 1,
 }
 ON_FILES = {
@@ -63,6 +66,8 @@ ON_FILES = {
 }
 # Fields whose effect other tests show.
 ELSEWHERE = {
+    "labels",  # tests/data
+    "max_seconds",  # test_start_and_end
     "data", "data_dir", "val_split", "test_split", "download",  # test_data
     "unreadable",  # test_readable
     "output", "pretrained",  # test_train
