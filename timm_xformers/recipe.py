@@ -35,6 +35,7 @@ __all__ = [
     "read_settings",
     "shipped_recipes",
     "shipped_spaces",
+    "weights_of",
 ]
 
 # Settings that do not shape the result.
@@ -717,8 +718,13 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return "no"
     if name == "class_weights" and isinstance(value, dict):
         return {str(key): factor for key, factor in value.items()}  # labels are names too
-    if name == "model" and isinstance(value, str) and ":" not in value and "\0" not in value:
-        for folder in (Path(value) / "best", Path(value)):
+    return weights_of(value) if name == "model" and isinstance(value, str) else value
+
+
+def weights_of(name: str) -> str:
+    """A model's name as timm takes it: a run folder, or a folder of weights, becomes local-dir."""
+    if ":" not in name and "\0" not in name:
+        for folder in (Path(name) / "best", Path(name)):
             if (folder / "config.json").is_file():
                 return f"local-dir:{folder.resolve()}"
-    return value
+    return name

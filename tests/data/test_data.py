@@ -13,8 +13,8 @@ from timm_xformers.data import loader
 from timm_xformers.data.data import make_batches, open_data
 from timm_xformers.data.loader import usable_cores
 from timm_xformers.data.preprocessing import Preprocessing
-from timm_xformers.data.rawsplit import PilImages, raw_split
 from timm_xformers.data.sampling import eval_batches
+from timm_xformers.data.split import PilImages
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import Recipe
 
@@ -295,16 +295,15 @@ def test_streams_are_read_into_memory(monkeypatch):
         return Stream()
 
     monkeypatch.setattr("timm_xformers.data.sources.create_dataset", fake)
-    data = open_data(Recipe(data="hfids/some", val_fraction=0.1))
+    data = open_data(Recipe(data="tfds/some", data_dir=".", val_fraction=0.1))
     assert [len(data.train), len(data.val)] == [18, 2]
     assert data.train.image(0).getpixel((0, 0))[0] == int(data.train.rows[0])
 
 
 @pytest.mark.parametrize("labels", [["cat", "dog"], [0.5, 1.5]])
 def test_labels_that_are_no_numbers_are_shown(labels):
-    images = PilImages([Image.new("L", (8, 8))] * 2, labels, [])
     with pytest.raises(UserError, match=f"the first here is {labels[0]!r}"):
-        raw_split(images, "L")
+        PilImages([Image.new("L", (8, 8))] * 2, labels, [])
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import torch
 from PIL import Image
 
 from timm_xformers.data.data import open_data
-from timm_xformers.data.rawsplit import PilImages, raw_split
 from timm_xformers.data.sources import Source
+from timm_xformers.data.split import PilImages, split_of
 from timm_xformers.data.subset import limit_images, select_classes
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import Recipe
 
 
-def split_of(labels, names=()):
+def labelled(labels, names=()):
     images = [Image.new("L", (4, 4), number) for number in range(len(labels))]
-    return raw_split(PilImages(images, labels, list(names)), "L")
+    return split_of(PilImages(images, labels, list(names)), "L")
 
 
 def pixels(split):
@@ -24,8 +24,8 @@ def pixels(split):
 
 
 def animals(test=(0, 1, 2, 3)):
-    train = split_of([0, 1, 2, 3] * 5)
-    return Source(train, None, split_of(list(test)), ("cat", "dog", "1", "emu"))
+    train = labelled([0, 1, 2, 3] * 5)
+    return Source(train, None, labelled(list(test)), ("cat", "dog", "1", "emu"))
 
 
 def test_classes_are_kept_in_the_given_order():
@@ -95,7 +95,7 @@ def test_limit_is_stratified_and_the_same_for_every_seed():
 
 
 def test_limit_must_leave_every_class():
-    split = split_of([0] * 20 + [1] * 2)
+    split = labelled([0] * 20 + [1] * 2)
     assert limit_images(split, 22) is split
     assert limit_images(split, 10).labels.bincount().tolist() == [9, 1]
     with pytest.raises(UsageError, match="limit=3 leaves images of 1 of 2 classes"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from timm_xformers.cli import main
 from timm_xformers.data.data import open_data
-from timm_xformers.predicting import predict as predicting
+from timm_xformers.predicting.classes import class_names
 from timm_xformers.predicting.images import find_images
 from timm_xformers.predicting.predict import Prediction, Unreadable, predict
 from timm_xformers.recipe import load_recipe
@@ -137,10 +137,18 @@ class Named(torch.nn.Module):
         self.default_cfg = self.pretrained_cfg
 
 
-def test_class_names_are_the_weights_own_or_imagenets_or_numbers():
-    names = predicting._class_names
-    assert names(Named(2, label_names=("cat", "dog"))) == ["cat", "dog"]
-    assert names(Named(3, label_names=("cat", "dog"))) == ["0", "1", "2"]
-    imagenet = names(Named(1000))
-    assert len(imagenet) == 1000
-    assert imagenet[0].startswith("tench")
+def test_class_names_are_the_weights_own_or_imagenets():
+    assert class_names(Named(2, label_names=("cat", "dog"))) == [("cat", "dog")]
+    assert class_names(Named(3, label_names=("cat", "dog"))) == []
+    words, synsets = class_names(Named(1000))
+    assert len(words) == len(synsets) == 1000
+    assert words[0].startswith("tench")
+    assert synsets[0] == "n01440764"
+
+
+def test_classes_without_names_go_by_number(run_copy, digits):
+    config = json.loads((run_copy / "best" / "config.json").read_text())
+    del config["label_names"]
+    (run_copy / "best" / "config.json").write_text(json.dumps(config))
+    (found,) = predict(str(run_copy), find_images([str(digits)])[:1])
+    assert [guess.name for guess in found.classes] == [str(g.label) for g in found.classes]

@@ -3,49 +3,106 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from timm_xformers.commands.options import add_recipe_options, given_values
 from timm_xformers.errors import UsageError, require_extra
-from timm_xformers.recipe import load_recipe
+from timm_xformers.recipe import Recipe, load_recipe
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "measure a model's accuracy, with its 95 %% interval"
+# What a run folder says of its data, for evaluating it on that.
+DATA_FIELDS = (
+    *("data", "data_dir", "labels", "train_split", "val_split", "test_split", "classes"),
+    *("val_fraction", "unreadable", "in_memory", "num_workers"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's flags."""
+    parser.add_argument(
+        "run_or_model",
+        nargs="?",
+        metavar="MODEL",
+        help="a run folder, whose own data is taken if no other is named, or as --model",
+    )
     add_recipe_options(parser)
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="weights for --model, instead of its published ones"
     )
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument(
+        "--skip-unknown-classes",
+        action="store_true",
+        help="leave out images of classes that the model does not know, instead of stopping",
+    )
+    parser.add_argument(
         "--details",
         metavar="FOLDER",
         help="write per_class.csv and confusion.png, which class was taken for which, there",
     )
     parser.add_argument("--output", metavar="FILE", help="also write the record to this JSON file")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the record as JSON alone; without a terminal, that is what stdout gets anyway",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, and print the record."""
+    """Evaluate; say the figures in a line, and print the record for programs."""
     require_extra("train", "accelerate", *([] if args.details is None else ["matplotlib"]))
     values = given_values(args)
     output = values.pop("output", None)
-    if "model" not in values and args.recipe is None:
-        raise UsageError("Name a model: --model local-dir:RUN/best, or any timm name.")
-    # Without --recipe nothing but the data is taken from a shipped one: training is over.
-    recipe = load_recipe(args.recipe, values)
+    recipe = _recipe_of(args, values)
     from timm_xformers.predicting.evaluate import evaluate
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
 
     record = evaluate(
         recipe,
         args.split,
         None if args.checkpoint is None else Path(args.checkpoint),
         None if args.details is None else Path(args.details),
+        skip_unknown=args.skip_unknown_classes,
+        say=say,
     )
-    print(json.dumps(dataclasses.asdict(record), indent=2))
+    if not args.json:
+        say(_line(args.split, record))
+    if args.json or not sys.stdout.isatty():
+        print(json.dumps(dataclasses.asdict(record), indent=2))
     if output is not None:
         record.save(Path(output))
+
+
+def _recipe_of(args: argparse.Namespace, values: dict[str, Any]) -> Recipe:
+    """Model and data; nothing else is taken from a shipped recipe: training is over."""
+    if args.run_or_model is not None:
+        if "model" in values:
+            raise UsageError(f"{args.run_or_model} and --model name two models; drop one.")
+        values["model"] = args.run_or_model
+    if "model" not in values and args.recipe is None:
+        raise UsageError("Name a model: evaluate RUN, or --model with any timm name.")
+    recipe = load_recipe(args.recipe, values)
+    _, colon, folder = recipe.model.partition(":")
+    own = Path(folder).parent / "recipe.yaml"
+    if colon and args.recipe is None and not {"data", "data_dir"} & {*values} and own.is_file():
+        trained = dataclasses.asdict(load_recipe(str(own), {}))
+        recipe = load_recipe(None, {name: trained[name] for name in DATA_FIELDS} | values)
+    return recipe
+
+
+def _line(split: str, record: Any) -> str:
+    figures = dataclasses.asdict(record)
+    images, loss = figures[f"{split}_images"], figures[f"{split}_loss"]
+    low, high = figures[f"{split}_top1_interval_percent"]
+    top5 = f"top-5 {figures[f'{split}_top5_percent']:.2f} %, " if record.num_classes > 5 else ""
+    return (
+        f"{record.model} on {record.data}, {split}: top-1 {figures[f'{split}_top1_percent']:.2f} % "
+        f"(95 %: {low} to {high}), {top5}loss {loss}, {images} images at "
+        f"{record.images_per_s:.0f} images/s"
+    )

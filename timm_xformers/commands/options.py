@@ -10,7 +10,7 @@ __all__ = ["add_recipe_options", "given_values", "positive", "recipe_from"]
 
 # Flags with the name of a recipe field.
 FIELDS = (
-    *("model", "data", "data_dir", "classes", "limit", "epochs", "batch_size"),
+    *("model", "data", "data_dir", "labels", "classes", "limit", "epochs", "batch_size"),
     *("img_size", "seed", "output", "num_processes", "pretrained"),
 )
 
@@ -29,6 +29,11 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "scheme (torch/..., hfds/..., wds/...)",
     )
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lies")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE|COLUMN",
+        help="CSV file of image,class for a folder of images, or a column of a Hub data set",
+    )
     parser.add_argument(
         "--classes",
         type=lambda text: text.split(","),

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="folder", help="as for train; default folder, a folder of images"
     )
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lies")
+    parser.add_argument("--labels", metavar="FILE|COLUMN", help="as for train")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="new folder for shards")
     parser.add_argument(
         "--images-per-shard",
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from timm_xformers.recipe import Recipe
 
     folder = Path(args.output)
-    recipe = Recipe(data=args.data, data_dir=args.data_dir)
+    recipe = Recipe(data=args.data, data_dir=args.data_dir, labels=args.labels)
     written = write_shards(recipe, folder, args.images_per_shard)
     for name, lengths in written.items():
         print(f"{name}: {sum(lengths)} images in {len(lengths)} shards")

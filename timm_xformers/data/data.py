@@ -1,27 +1,26 @@
 """The data of a run: train, validation and test splits, what they hold, and their batches."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torchvision.transforms import Compose, RandomErasing
 
 from timm_xformers.data.augment import Augmentation
+from timm_xformers.data.damaged import drop_damaged, find_cut_files, refuse_damaged
 from timm_xformers.data.known_sets import KNOWN_SETS, KnownSet
 from timm_xformers.data.loader import LoaderBatches, usable_cores
 from timm_xformers.data.memory import MemoryBatches, decode
-from timm_xformers.data.preprocessing import Preprocessing
+from timm_xformers.data.preprocessing import Preprocessing, input_size
 from timm_xformers.data.rand_augment import check_policy
-from timm_xformers.data.rawsplit import RawSplit
-from timm_xformers.data.readable import drop_unreadable, glance, refuse_unreadable
 from timm_xformers.data.sampling import stratified_split
-from timm_xformers.data.sources import open_source
-from timm_xformers.data.subset import limit_images, select_classes
+from timm_xformers.data.sources import Source, open_source
+from timm_xformers.data.split import Split
+from timm_xformers.data.subset import limit_images, number_like, select_classes
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import Recipe
 
@@ -31,6 +30,13 @@ MEMORY_ONLY = ("crop_pad", "rotate_degrees", "shear_degrees", "zoom", "cutout", 
 # What is decoded once and kept, unless the recipe says otherwise: all splits together.
 HELD_UNASKED_MIB = 1024
 LOADER_ONLY = ("min_crop_area", "color_jitter", "auto_augment")
+# What to do about a part without labels.
+_NO_LABELS = {
+    "training": "name a labelled split by --set train_split=NAME",
+    "validation": "name another by --set val_split=NAME",
+    "test": "test on another split, such as --set test_split=validation, where validation images "
+    "are then set aside from training, or do without by --set test_split=none",
+}
 
 
 class Batches(Protocol):
@@ -50,7 +56,8 @@ class Data:
     """Splits and what they hold.
 
     Attributes:
-        train: Images that training sees.
+        train: Images that training sees; where only a test set was asked for and there is nothing
+            else, that.
         val: Images that choose the best epoch; None if there are none.
         test: Images read once, at the end; None if there are none.
         num_classes: Width of a classifier for them.
@@ -61,11 +68,12 @@ class Data:
         std: Per channel, of images in [0, 1].
         in_memory: Whether batches are made from decoded images.
         skipped: Names of unreadable images, which are in none of the splits.
+        notes: Lines on what was found and what of it is in no split.
     """
 
-    train: RawSplit
-    val: RawSplit | None
-    test: RawSplit | None
+    train: Split
+    val: Split | None
+    test: Split | None
     num_classes: int
     in_chans: int
     class_names: tuple[str, ...]
@@ -74,6 +82,7 @@ class Data:
     std: tuple[float, ...]
     in_memory: bool
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def preprocess(self, preprocessing: Preprocessing, normalize: str) -> Preprocessing:
         """A new model's size and channels for this data, images kept whole.
@@ -87,7 +96,7 @@ class Data:
             return whole
         return dataclasses.replace(whole, mean=self.mean, std=self.std)
 
-    def split(self, name: str) -> RawSplit:
+    def split(self, name: str) -> Split:
         """A split by name.
 
         Raises:
@@ -101,7 +110,13 @@ class Data:
         return found
 
 
-def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) -> Data:
+def open_data(
+    recipe: Recipe,
+    used: Collection[str] = ("train", "val", "test"),
+    model_classes: Sequence[Sequence[str]] | None = None,
+    *,
+    skip_unknown: bool = False,
+) -> Data:
     """Open the data of a recipe and set a validation part aside.
 
     The part depends on the data, its classes and ``val_fraction`` alone, so that runs over several
@@ -111,79 +126,42 @@ def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) 
         recipe: Names the data and which part of it to take.
         used: Splits that will be read. Only these are looked through for unreadable images, and
             only these count towards the size that is held in memory.
+        model_classes: Names by label that a trained model has for its classes, in each vocabulary
+            that is known; the data's classes are numbered like them. Empty: nobody names the
+            model's, so the data must have as many. None: the model is yet to be built.
+        skip_unknown: Leave out images of classes that the model does not know.
 
     Raises:
-        UserError: The data is missing, empty, unreadable or does not fit the recipe.
+        UserError: The data is missing, empty, unreadable or does not fit the recipe or the model.
     """
     if recipe.rand_augment is not None:
         check_policy(recipe.rand_augment)
-    if recipe.test_split == "none":
-        source = open_source(dataclasses.replace(recipe, test_split=None))
-        source = dataclasses.replace(source, test=None)
-    else:
-        source = open_source(recipe)
+    source = open_source(recipe, used)
     if recipe.classes is not None:
         source = select_classes(source, recipe.classes)
+    if model_classes is not None and source.class_names:
+        needed = {*used} | ({"train"} if "val" in used and source.val is None else set())
+        source = source.only(needed)
+        source = number_like(source, model_classes, recipe.num_classes, skip_unknown=skip_unknown)
+    num_classes = _count_classes(recipe, source)
+    splits = _set_validation_aside(recipe, source)
     known = KNOWN_SETS.get(recipe.data)
-
-    train, val = source.train, source.val
-    if val is None and recipe.val_fraction:
-        keep, held = stratified_split(train.labels, recipe.val_fraction, "val")
-        if len(held) == 0:
-            raise UserError(
-                f"val_fraction={recipe.val_fraction} of {len(train)} training images is none; "
-                "raise it, or use 0 to do without validation."
-            )
-        train, val = train.subset(keep), train.subset(held)
-
-    splits = [split for split in (source.train, source.val, source.test) if split is not None]
-    lowest = min(int(split.labels.min()) for split in splits)
-    highest = max(int(split.labels.max()) for split in splits)
-    num_classes = recipe.num_classes or max(len(source.class_names), highest + 1)
-    if lowest < 0 or highest >= num_classes:
-        wrong = lowest if lowest < 0 else highest
-        raise UserError(
-            f"Label {wrong} is out of range: {num_classes} classes have labels 0 to "
-            f"{num_classes - 1}; correct the labels or num_classes."
-        )
-    if num_classes < 2:
-        raise UserError(
-            "The images form one class, and training needs two; put each class into a folder of "
-            "its own."
-        )
-
-    if recipe.limit is not None:
-        train = limit_images(train, recipe.limit)
-
-    in_chans = 1 if train.mode == "L" else 3
-    found = {"train": train, "val": val, "test": source.test}
-    chosen = {name: split for name in used if (split := found[name]) is not None}
+    chosen = {name: split for name in used if (split := splits[name]) is not None}
+    images = next(iter(chosen.values()), source.splits[0])
+    in_chans = 1 if images.mode == "L" else 3
     in_memory = recipe.in_memory
     if in_memory is None:
-        images = sum(map(len, chosen.values()))
-        in_memory = _is_small(images * in_chans, _side(recipe, known))
+        side = input_size(recipe.img_size, known.img_size if known else None, model=recipe.model)
+        in_memory = _is_small(sum(map(len, chosen.values())) * in_chans, side)
     refuse_unread(recipe, in_memory)
-    skipped: list[str] = []
-    if recipe.unreadable == "error":
-        problems = [problem for split in chosen.values() for problem in glance(split)]
-        refuse_unreadable(problems, sum(map(len, chosen.values())))
-    else:
-        for name, split in chosen.items():
-            found[name], lost = drop_unreadable(split, _decoders(recipe))
-            skipped += lost
-
-    if known is not None and known.in_chans == in_chans:
-        mean, std = known.mean, known.std
-    elif in_chans == 3:
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    else:
-        mean, std = (0.5,), (0.5,)
-    readable_train = found["train"]
-    assert readable_train is not None
+    readable, skipped = _without_damaged(recipe, chosen)
+    splits |= readable
+    mean, std = _scale(known, in_chans)
+    train = splits["train"] or images
     return Data(
-        train=readable_train,
-        val=found["val"],
-        test=found["test"],
+        train=train,
+        val=splits["val"],
+        test=splits["test"],
         num_classes=num_classes,
         in_chans=in_chans,
         class_names=source.class_names if len(source.class_names) == num_classes else (),
@@ -192,7 +170,87 @@ def open_data(recipe: Recipe, used: Collection[str] = ("train", "val", "test")) 
         std=std,
         in_memory=in_memory,
         skipped=tuple(skipped),
+        notes=source.notes,
     )
+
+
+def _count_classes(recipe: Recipe, source: Source) -> int:
+    """Width of a classifier, once all labels are seen to fit.
+
+    A label without a name, or above ones that no image has, is a slip more often than a class.
+    """
+    titled = {"training": source.train, "validation": source.val, "test": source.test}
+    for title, split in titled.items():
+        if split is not None and bool((split.labels < 0).all()):
+            raise UserError(
+                f"The {title} images have no labels ({int(split.labels[0])} each), as sets do that "
+                f"hide them; {_NO_LABELS[title]}."
+            )
+    lowest = min(int(split.labels.min()) for split in source.splits)
+    highest = max(int(split.labels.max()) for split in source.splits)
+    count = recipe.num_classes or len(source.class_names) or highest + 1
+    if lowest < 0 or highest >= count:
+        wrong = lowest if lowest < 0 else highest
+        raise UserError(
+            f"Label {wrong} is out of range: {count} classes have labels 0 to {count - 1}; correct "
+            "the labels or num_classes."
+        )
+    if not source.class_names and recipe.num_classes is None:
+        seen = torch.cat([split.labels for split in source.splits]).bincount()
+        if absent := (seen == 0).nonzero().flatten().tolist():
+            some = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+            raise UserError(
+                f"Label {highest} is the highest, and no image has label {some}; correct the "
+                f"labels, or say --set num_classes={count} if these classes are to be kept."
+            )
+    if count < 2:
+        raise UserError(
+            "The images form one class, and training needs two; put each class into a folder of "
+            "its own."
+        )
+    return count
+
+
+def _set_validation_aside(recipe: Recipe, source: Source) -> dict[str, Split | None]:
+    """The splits by name, with validation images from training where the data has none."""
+    train, val = source.train, source.val
+    if train is not None:
+        if val is None and recipe.val_fraction:
+            keep, held = stratified_split(train.labels, recipe.val_fraction, "val")
+            if len(held) == 0:
+                raise UserError(
+                    f"val_fraction={recipe.val_fraction} of {len(train)} training images is none; "
+                    "raise it, or use 0 to do without validation."
+                )
+            train, val = train.subset(keep), train.subset(held)
+        if recipe.limit is not None:
+            train = limit_images(train, recipe.limit)
+    return {"train": train, "val": val, "test": source.test}
+
+
+def _without_damaged(
+    recipe: Recipe, splits: Mapping[str, Split]
+) -> tuple[dict[str, Split], list[str]]:
+    """What can be read of splits, and the names of the rest; the recipe may refuse such a rest."""
+    if recipe.unreadable == "error":
+        problems = [problem for split in splits.values() for problem in find_cut_files(split)]
+        refuse_damaged(problems, sum(map(len, splits.values())))
+        return dict(splits), []
+    kept: dict[str, Split] = {}
+    skipped: list[str] = []
+    for name, split in splits.items():
+        kept[name], lost = drop_damaged(split, _decoders(recipe))
+        skipped += lost
+    return kept, skipped
+
+
+def _scale(known: KnownSet | None, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels: the set's own, else ImageNet's or a half."""
+    if known is not None and known.in_chans == in_chans:
+        return known.mean, known.std
+    if in_chans == 3:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (0.5,), (0.5,)
 
 
 def _decoders(recipe: Recipe) -> int:
@@ -201,7 +259,7 @@ def _decoders(recipe: Recipe) -> int:
 
 
 def make_batches(
-    split: RawSplit,
+    split: Split,
     recipe: Recipe,
     preprocessing: Preprocessing,
     *,
@@ -256,14 +314,6 @@ def make_batches(
         num_workers=_decoders(recipe),
         seed=recipe.seed,
     )
-
-
-def _side(recipe: Recipe, known: KnownSet | None) -> int | None:
-    """Side of the model's input in pixels, as far as it can be told without building the model."""
-    if recipe.img_size is not None or known is not None:
-        return recipe.img_size or (known.img_size if known else None)
-    config = get_pretrained_cfg(recipe.model)
-    return None if config is None else int(config.input_size[1])
 
 
 def _is_small(channels: int, side: int | None) -> bool:

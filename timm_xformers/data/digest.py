@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 from timm_xformers.data.data import Data
-from timm_xformers.data.rawsplit import RawSplit
 
 __all__ = ["changes", "describe", "digest_of"]
 
@@ -13,14 +12,13 @@ __all__ = ["changes", "describe", "digest_of"]
 def describe(data: Data) -> dict[str, Any]:
     """Class names, and for every split its number of images and a hash of names and labels.
 
-    A name is the last folder and the file, so that a data set may be moved. Images that are no
-    files count by their place and label.
+    A data set may be moved; see `Split.digest`.
     """
     splits = {"train": data.train, "val": data.val, "test": data.test}
     return {
         "class_names": list(data.class_names),
         "splits": {
-            name: {"images": len(split), "sha256": _hash(split)}
+            name: {"images": len(split), "digest": split.digest()}
             for name, split in splits.items()
             if split is not None
         },
@@ -52,12 +50,3 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
         else:
             found.append(f"other names or labels among the {counts[0]} {name} images")
     return "; ".join(found)
-
-
-def _hash(split: RawSplit) -> str:
-    digest = hashlib.sha256(split.labels.numpy().tobytes())
-    if (paths := split.paths()) is not None:
-        for row in split.rows.tolist():
-            name = "/".join(paths[row].parts[-2:])
-            digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
-    return digest.hexdigest()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from timm_xformers.data.rawsplit import RawSplit
 from timm_xformers.data.sampling import derive_seed, seed_host
+from timm_xformers.data.split import Split
 from timm_xformers.errors import UserError
 
 __all__ = ["LoaderBatches", "killed_worker", "usable_cores"]
@@ -27,7 +27,7 @@ __all__ = ["LoaderBatches", "killed_worker", "usable_cores"]
 class _Images(Dataset[tuple[Tensor, int]]):
     """Transformed images by (epoch, position)."""
 
-    def __init__(self, split: RawSplit, transform: Callable[[Any], Tensor], seed: int) -> None:
+    def __init__(self, split: Split, transform: Callable[[Any], Tensor], seed: int) -> None:
         self.split = split
         self.transform = transform
         self.seed = seed
@@ -83,7 +83,7 @@ class LoaderBatches:
 
     def __init__(
         self,
-        split: RawSplit,
+        split: Split,
         transform: Callable[[Any], Tensor],
         *,
         mean: Sequence[float],

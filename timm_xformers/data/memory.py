@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_xformers.data.augment import Augmentation, EpochAugmentation
+from timm_xformers.data.damaged import refuse_damaged
 from timm_xformers.data.preprocessing import Preprocessing
-from timm_xformers.data.rawsplit import RawSplit
-from timm_xformers.data.readable import refuse_unreadable
+from timm_xformers.data.split import Split
 from timm_xformers.errors import UserError
 
 __all__ = ["MemoryBatches", "decode"]
@@ -27,7 +27,7 @@ LARGEST_SPLIT_MIB = 4096
 SHARED_FROM = 5000
 
 
-def decode(split: RawSplit, preprocessing: Preprocessing, num_workers: int = 0) -> Tensor:
+def decode(split: Split, preprocessing: Preprocessing, num_workers: int = 0) -> Tensor:
     """Decode a split, resized and cropped as in evaluation.
 
     Args:
@@ -64,14 +64,14 @@ def decode(split: RawSplit, preprocessing: Preprocessing, num_workers: int = 0) 
             problems.append((split.name(row), found))
         else:
             images[row] = torch.from_numpy(found)
-    refuse_unreadable(problems, len(split))
+    refuse_damaged(problems, len(split))
     return images
 
 
 class _Pixels(Dataset[Any]):
     """Arrays (C, H, W) of a split's images, or what is wrong with them."""
 
-    def __init__(self, split: RawSplit, preprocessing: Preprocessing) -> None:
+    def __init__(self, split: Split, preprocessing: Preprocessing) -> None:
         size = (preprocessing.img_size, preprocessing.img_size)
         self.split = split
         self.fits = size if preprocessing.crop_pct == 1.0 else None

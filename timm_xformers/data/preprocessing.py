@@ -5,9 +5,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-__all__ = ["Preprocessing"]
+__all__ = ["Preprocessing", "input_size"]
+
+
+def input_size(*wanted: int | None, model: nn.Module | str | None = None) -> int | None:
+    """Side of the square input in pixels: the one answer for all commands.
+
+    Args:
+        wanted: Sizes by rank: what the user asks for, then what the data set has. None: no wish.
+        model: A timm model, or its name, whose weights' size holds where there is no wish.
+
+    Returns:
+        The size; None where there is no wish and nothing is known of the model.
+    """
+    asked = next((size for size in wanted if size is not None), None)
+    if asked is not None or model is None:
+        return asked
+    if isinstance(model, str):
+        config = get_pretrained_cfg(model)
+        return None if config is None else int(config.input_size[1])
+    return int(resolve_model_data_config(model)["input_size"][1])  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -42,10 +62,11 @@ class Preprocessing:
             in_chans: The channels it was built for, likewise.
         """
         config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-        channels, height, _ = config["input_size"]
-        channels = in_chans or channels
+        channels = in_chans or config["input_size"][0]
+        side = input_size(img_size, model=model)
+        assert side is not None
         return cls(
-            img_size=img_size or height,
+            img_size=side,
             in_chans=channels,
             mean=_per_channel(config["mean"], channels),
             std=_per_channel(config["std"], channels),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from timm_xformers.data.rawsplit import RawSplit
 from timm_xformers.data.sampling import derive_seed
 from timm_xformers.data.shards import INFO_NAMES
 from timm_xformers.data.sources import open_source
+from timm_xformers.data.split import Split
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import write_text
 from timm_xformers.recipe import Recipe
@@ -56,7 +56,7 @@ def write_shards(recipe: Recipe, folder: Path, images_per_shard: int) -> dict[st
     return {name: entry["shard_lengths"] for name, entry in described.items()}
 
 
-def _write_split(name: str, split: RawSplit, folder: Path, size: int) -> Mapping[str, Any]:
+def _write_split(name: str, split: Split, folder: Path, size: int) -> Mapping[str, Any]:
     generator = torch.Generator().manual_seed(derive_seed("shards", name))
     order = torch.randperm(len(split), generator=generator)
     groups = [order[start : start + size] for start in range(0, len(order), size)]
@@ -72,18 +72,17 @@ def _write_split(name: str, split: RawSplit, folder: Path, size: int) -> Mapping
     }
 
 
-def _members(split: RawSplit, positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+def _members(split: Split, positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
     for position in positions:
         kind, content = _encoded(split, position)
         yield f"{position:08d}.{kind}", content
         yield f"{position:08d}.cls", str(int(split.labels[position])).encode()
 
 
-def _encoded(split: RawSplit, position: int) -> tuple[str, bytes]:
+def _encoded(split: Split, position: int) -> tuple[str, bytes]:
     if split.encoded:
-        with split.dataset.reader[int(split.rows[position])][0] as file:
-            content: bytes = file.read()
         try:
+            content = split.content(position)
             with Image.open(io.BytesIO(content)) as image:
                 kind = KINDS.get(image.format or "")
         except Exception as error:  # damaged bytes make decoders raise nearly anything

@@ -11,25 +11,26 @@ split is all tars with its name between hyphens, as in ``imagenet1k-train-0000.t
 """
 
 import contextlib
-import io
 import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from timm_xformers.data.split import label_tensor
+from timm_xformers.data.trees import is_picture, read_span
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import write_file
+from timm_xformers.files.text import plain
 
-__all__ = ["IMAGE_KINDS", "INFO_NAMES", "Shards", "find_shards", "open_shards"]
+__all__ = ["INFO_NAMES", "Shards", "find_shards", "open_shards"]
 
 INFO_NAMES = ("_info.json", "info.json")
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 # Headers are read by so many threads: on a network, each waits for a reply.
 THREADS = 16
 # Shard, offset in bytes, size in bytes, label.
@@ -37,7 +38,7 @@ COLUMNS = 4
 
 
 class Shards:
-    """Images of some tars by position; `timm_xformers.data.rawsplit` reads it as timm's.
+    """Images of some tars by position.
 
     Args:
         paths: The tars.
@@ -45,37 +46,35 @@ class Shards:
         classes: Names by label, if they are known.
     """
 
+    encoded: ClassVar[bool] = True
+
     def __init__(
         self, paths: Sequence[Path], index: NDArray[np.int64], classes: Sequence[str]
     ) -> None:
         self.files = list(paths)
         self.index = index
-        self.targets = index[:, 3]
-        self.classes = tuple(classes)
+        self.labels = label_tensor(index[:, 3])
+        self.class_names = tuple(map(plain, classes))
 
-    @property
-    def reader(self) -> "Shards":
-        """What opens an image's bytes: this."""
-        return self
+    def open(self, row: int) -> BinaryIO:
+        """The image's bytes."""
+        shard, offset, size, _ = self.index[row].tolist()
+        return read_span(self.files[shard], (offset, size))
 
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, row: int) -> tuple[io.BytesIO, int]:
-        shard, offset, size, label = self.index[row].tolist()
-        with self.files[shard].open("rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size)), label
-
-    def filename(self, row: int, absolute: bool = False) -> str:
-        """Name of an image: that of its tar, and its own within."""
+    def name(self, row: int) -> str:
+        """The tar, and the image's name within."""
         shard, offset, _, _ = self.index[row].tolist()
-        path = self.files[shard]
-        with path.open("rb") as file:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            header = file.read(tarfile.BLOCKSIZE)
-        name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        return f"{path if absolute else path.name}/{name}"
+        header = read_span(self.files[shard], (offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE))
+        name = tarfile.TarInfo.frombuf(header.read(), "utf-8", "surrogateescape").name
+        return f"{self.files[shard]}/{name}"
+
+    def path(self, row: int) -> None:
+        """The image lies in a tar."""
+
+    def key(self, row: int) -> str:
+        """Where it lies."""
+        shard, offset, size, _ = self.index[row].tolist()
+        return f"{self.files[shard].name}:{offset}:{size}"
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
@@ -90,7 +89,7 @@ def find_shards(root: Path, split: str) -> list[Path]:
         UserError: Tars that a pattern or ``_info.json`` names are missing.
     """
     pattern = split.partition("|")[0]
-    named = _splits(root).get(split, {}).get("filenames")
+    named = _info(root)["splits"].get(split, {}).get("filenames")
     if named is None and pattern.endswith(".tar"):
         named = [name for part in pattern.split("::") for name in _expand(part)]
     if named is None:
@@ -138,25 +137,33 @@ def open_shards(root: Path, split: str, paths: Sequence[Path]) -> Shards:
         index = np.concatenate(parts)
         _check_lengths(root, split, paths, [len(part) for part in parts])
         _save_index(place, state, index)
-    return Shards(paths, index, _info(root).get("class_names", ()))
+    return Shards(paths, index, _info(root)["class_names"])
 
 
 def _info(root: Path) -> dict[str, Any]:
+    """What ``_info.json`` says: class_names, and for each of splits filenames, shard_lengths."""
     for path in (root / name for name in INFO_NAMES):
         if path.is_file():
             try:
                 info = json.loads(path.read_text(encoding="utf-8"))
-                return {**info, "splits": dict(info.get("splits", {}))}
-            except (AttributeError, TypeError, ValueError) as error:
+                splits = {name: dict(split) for name, split in info.get("splits", {}).items()}
+                names = info.get("class_names") or []
+                for texts in (names, *(split.get("filenames", []) for split in splits.values())):
+                    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+                        raise TypeError("class_names and filenames must be lists of texts")
+                for split in splits.values():
+                    lengths = split.get("shard_lengths", [0] * len(split.get("filenames", [])))
+                    if not all(type(n) is int for n in lengths) or (
+                        "filenames" in split and len(lengths) != len(split["filenames"])
+                    ):
+                        raise TypeError("shard_lengths must be a number for each of filenames")
+                return {"class_names": names, "splits": splits}
+            except (AttributeError, TypeError, ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path} is no description of shards: {' '.join(str(error).split())}; repair "
                     "or remove it."
                 ) from error
-    return {}
-
-
-def _splits(root: Path) -> dict[str, Any]:
-    return dict(_info(root).get("splits", {}))
+    return {"class_names": [], "splits": {}}
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -181,7 +188,7 @@ def _scan(path: Path) -> list[tuple[int, int, int]]:
         if image is not None and label is not None:
             rows.append((*image, label))
         elif image is not None or label is not None:
-            lacking = "label (.cls)" if label is None else f"image (.{', .'.join(IMAGE_KINDS)})"
+            lacking = "label (.cls)" if label is None else "image (.jpg, .png or such)"
             raise UserError(
                 f"{key} in {path} has no {lacking}; write the shards again, for instance by "
                 "timm-xformers shards."
@@ -197,7 +204,9 @@ def _scan(path: Path) -> list[tuple[int, int, int]]:
                 if folder + slash + stem != key:
                     finish()
                     key, image, label = folder + slash + stem, None, None
-                if kind.lower() in IMAGE_KINDS:
+                if "." not in kind and is_picture(name):
+                    if image is not None:
+                        raise UserError(f"{key} in {path} has two images; write one for each name.")
                     image = (member.offset_data, member.size)
                 elif kind == "cls":
                     content = tar.extractfile(member)
@@ -214,8 +223,8 @@ def _scan(path: Path) -> list[tuple[int, int, int]]:
 
 
 def _check_lengths(root: Path, split: str, paths: Sequence[Path], found: Sequence[int]) -> None:
-    expected = _splits(root).get(split, {}).get("shard_lengths")
-    for path, told, count in zip(paths, expected or found, found, strict=True):
+    expected = _info(root)["splits"].get(split, {}).get("shard_lengths")
+    for path, told, count in zip(paths, expected or found, found, strict=False):
         if told != count:
             raise UserError(
                 f"{path} holds {count} images, and the description beside it says {told}; bring "

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 
 import torch
 
-from timm_xformers.data.rawsplit import RawSplit
+from timm_xformers.data.classes import match_names
 from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.sources import Source
+from timm_xformers.data.split import Split
 from timm_xformers.errors import UsageError, UserError, nearest
 
-__all__ = ["limit_images", "select_classes"]
+__all__ = ["limit_images", "number_like", "select_classes"]
+
+NAMED = 5
 
 
 def select_classes(source: Source, wanted: Sequence[str | int]) -> Source:
@@ -25,22 +28,80 @@ def select_classes(source: Source, wanted: Sequence[str | int]) -> Source:
         UserError: A class has no training image, or a split has no image at all.
     """
     splits = (source.train, source.val, source.test)
-    highest = max(int(split.labels.max()) for split in splits if split is not None)
+    highest = max(int(split.labels.max()) for split in source.splits)
     labels = _labels(wanted, source.class_names, max(len(source.class_names), highest + 1))
     train, val, test = (None if split is None else _keep(split, labels) for split in splits)
-    assert train is not None
-    counts = train.labels.bincount(minlength=len(labels)).tolist()
-    for item, count in zip(wanted, counts, strict=True):
+    counts = [] if train is None else train.labels.bincount(minlength=len(labels)).tolist()
+    for item, count in zip(wanted, counts, strict=False):
         if count == 0:
             raise UserError(f"There are no training images of class {item}; drop it from classes.")
     for title, split in (("validation", val), ("test", test)):
         if split is not None and len(split) == 0:
             raise UserError(f"There are no {title} images of these classes; choose others.")
     names = tuple(source.class_names[label] for label in labels) if source.class_names else ()
-    return Source(train, val, test, names)
+    return dataclasses.replace(source, train=train, val=val, test=test, class_names=names)
 
 
-def limit_images(split: RawSplit, limit: int) -> RawSplit:
+def number_like(
+    source: Source,
+    vocabularies: Sequence[Sequence[str]],
+    num_classes: int | None,
+    *,
+    skip_unknown: bool,
+) -> Source:
+    """Number the classes of a source as a model does, by name.
+
+    Args:
+        source: Splits and names.
+        vocabularies: The model's names by label; the one that knows most of the source's counts.
+        num_classes: Classes of the model, for one without names: position decides there.
+        skip_unknown: Leave out images of classes that the model does not know.
+
+    Returns:
+        The source, with the model's names and a note on what was left out.
+
+    Raises:
+        UserError: The model does not know a class that has images, or none at all.
+    """
+    names = source.class_names
+    if not vocabularies:
+        if num_classes not in (None, len(names)):
+            raise UserError(
+                f"The images have {len(names)} classes and the model {num_classes} that nobody "
+                "names, so which is which cannot be told; use weights with names, such as a run's "
+                "best folder, or images of all its classes."
+            )
+        return source
+    matches = [match_names(names, known) for known in vocabularies]
+    numbers, known = max(
+        zip(matches, vocabularies, strict=True), key=lambda m: int((m[0] >= 0).sum())
+    )
+    seen = torch.cat([split.labels for split in source.splits]).bincount(minlength=len(numbers))
+    strange = [
+        name
+        for name, number, count in zip(names, numbers, seen, strict=False)
+        if number < 0 and count
+    ]
+    some = ", ".join(strange[:NAMED]) + (", ..." if len(strange) > NAMED else "")
+    if strange and (not skip_unknown or len(strange) == int((seen > 0).sum())):
+        raise UserError(
+            f"The model does not know {len(strange)} of {int((seen > 0).sum())} classes: {some}; "
+            f"it knows {', '.join(known[:NAMED])}{', ...' if len(known) > NAMED else ''}. Rename "
+            "the classes, or leave such images out by --skip-unknown-classes."
+        )
+    train, val, test = (
+        None if split is None else split.renumbered(numbers)
+        for split in (source.train, source.val, source.test)
+    )
+    lost = sum(map(len, source.splits)) - sum(len(s) for s in (train, val, test) if s is not None)
+    note = (
+        f"left out: {lost} images of {len(strange)} classes that the model does not know ({some})"
+    )
+    notes = (*source.notes, note) if lost else source.notes
+    return Source(train, val, test, tuple(known), notes)
+
+
+def limit_images(split: Split, limit: int) -> Split:
     """Keep at most ``limit`` images, the same share of every class, whatever the seed.
 
     Raises:
@@ -82,10 +143,8 @@ def _labels(wanted: Sequence[str | int], names: Sequence[str], count: int) -> li
     return labels
 
 
-def _keep(split: RawSplit, labels: Sequence[int]) -> RawSplit:
+def _keep(split: Split, labels: Sequence[int]) -> Split:
     """The images with these labels, which become 0, 1, ..."""
     number = torch.full((max(*labels, int(split.labels.max())) + 1,), -1)
     number[list(labels)] = torch.arange(len(labels))
-    renumbered = number[split.labels]
-    chosen = renumbered >= 0
-    return dataclasses.replace(split, rows=split.rows[chosen], labels=renumbered[chosen])
+    return split.renumbered(number)

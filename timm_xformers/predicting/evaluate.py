@@ -2,15 +2,17 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from timm_xformers.data.data import Data, make_batches, open_data
-from timm_xformers.data.preprocessing import Preprocessing
-from timm_xformers.errors import UsageError
-from timm_xformers.recipe import Recipe
+from timm_xformers.data.preprocessing import Preprocessing, input_size
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.predicting.classes import class_names
+from timm_xformers.recipe import Recipe, load_recipe
 from timm_xformers.records.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.records.results_json import Record, environment, split_fields
 from timm_xformers.records.run_folder import RunFolder
@@ -26,8 +28,11 @@ def evaluate(
     split: Literal["val", "test"] = "test",
     checkpoint: Path | None = None,
     details: Path | None = None,
+    *,
+    skip_unknown: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Record:
-    """Evaluate a model on inputs as its weights expect them.
+    """Evaluate a model on inputs as its weights expect them, classes matched by name.
 
     Args:
         recipe: Names model and data. ``img_size`` goes over the size that the weights name.
@@ -35,13 +40,22 @@ def evaluate(
         checkpoint: Weights to load instead of those that belong to the model's name. A bare file
             says nothing of sizes and normalisation, so these follow from the data, as in training.
         details: Folder to write confusion.png and per_class.csv to.
+        skip_unknown: Leave out images of classes that the model does not know.
+        say: Told what a person should know besides the record, a line at a time.
 
     Raises:
         UserError: Something the user can repair.
     """
     model, data, preprocessing = (
-        _published(recipe, split) if checkpoint is None else _from_file(recipe, split, checkpoint)
+        _published(recipe, split, skip_unknown)
+        if checkpoint is None
+        else _from_file(recipe, split, checkpoint)
     )
+    _refuse_training_images(recipe, data)
+    for note in data.notes:
+        say(note)
+    for name in data.skipped:
+        say(f"left out, cannot be read: {name}")
     images = data.split(split)
     check_input(model, preprocessing.shape)
     # After the data: a stream opened with a process group would be cut by rank.
@@ -91,7 +105,9 @@ def evaluate(
     )
 
 
-def _published(recipe: Recipe, split: str) -> tuple[nn.Module, Data, Preprocessing]:
+def _published(
+    recipe: Recipe, split: str, skip_unknown: bool
+) -> tuple[nn.Module, Data, Preprocessing]:
     """A model whose configuration says what it expects; the data follows the model."""
     arguments = dict(recipe.model_kwargs)
     if recipe.in_chans is not None:
@@ -105,7 +121,8 @@ def _published(recipe: Recipe, split: str) -> tuple[nn.Module, Data, Preprocessi
         in_chans=preprocessing.in_chans,
         num_classes=recipe.num_classes or num_classes,
     )
-    return model, open_data(fitted, [split]), preprocessing
+    data = open_data(fitted, [split], class_names(model), skip_unknown=skip_unknown)
+    return model, data, preprocessing
 
 
 def _from_file(
@@ -113,7 +130,7 @@ def _from_file(
 ) -> tuple[nn.Module, Data, Preprocessing]:
     """A model built around the data, as training does it."""
     data = open_data(recipe, [split])
-    img_size = recipe.img_size or data.img_size
+    img_size = input_size(recipe.img_size, data.img_size)
     arguments = {
         "in_chans": data.in_chans,
         "num_classes": data.num_classes,
@@ -123,3 +140,18 @@ def _from_file(
     preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
     preprocessing = data.preprocess(preprocessing, recipe.normalize)
     return model, data, preprocessing
+
+
+def _refuse_training_images(recipe: Recipe, data: Data) -> None:
+    """A folder without parts is a test set, but not of the run that was trained on it."""
+    prefix, _, folder = recipe.model.partition(":")
+    own = RunFolder(Path(folder).parent).recipe
+    if data.train is not data.test or prefix != "local-dir" or not own.is_file():
+        return
+    trained = load_recipe(str(own), {})
+    places = [Path(each.data_dir or "").resolve() for each in (trained, recipe)]
+    if trained.data == recipe.data and places[0] == places[1]:
+        raise UserError(
+            f"{recipe.data_dir} has no test part, and the model was trained on it; use --split "
+            "val, or name other images by --data-dir."
+        )

@@ -3,17 +3,16 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UserError
+from timm_xformers.predicting.classes import class_names
 from timm_xformers.predicting.images import open_image
-from timm_xformers.records.run_folder import RunFolder
+from timm_xformers.recipe import weights_of
 from timm_xformers.training.build import build_model, check_input
 
 __all__ = ["Guess", "Prediction", "Unreadable", "predict"]
@@ -66,7 +65,7 @@ def predict(name: str, images: Sequence[str], top_k: int = 5) -> Iterator[Predic
     Raises:
         UserError: There is no such model, or no weights for it.
     """
-    model, _ = build_model(_weights_of(name), pretrained=True)
+    model, _ = build_model(weights_of(name), pretrained=True)
     expects = Preprocessing.of_model(model)
     if expects.in_chans not in (1, 3):
         raise UserError(
@@ -76,7 +75,8 @@ def predict(name: str, images: Sequence[str], top_k: int = 5) -> Iterator[Predic
     check_input(model, expects.shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    names = _class_names(model)
+    count: Any = model.num_classes
+    names = next(iter(class_names(model)), tuple(map(str, range(count))))
     remaining = iter(images)
     while batch := list(itertools.islice(remaining, BATCH_SIZE)):
         opened = [_read(image, expects) for image in batch]
@@ -84,14 +84,6 @@ def predict(name: str, images: Sequence[str], top_k: int = 5) -> Iterator[Predic
         guesses = iter(_guess(model, pixels, expects, device, top_k, names) if pixels else ())
         for image, value in zip(batch, opened, strict=True):
             yield Prediction(image, next(guesses)) if isinstance(value, Tensor) else value
-
-
-def _weights_of(name: str) -> str:
-    """A run folder, or a folder of weights, as timm wants to hear it."""
-    for folder in (RunFolder(Path(name)).best, Path(name)):
-        if (folder / "config.json").is_file():
-            return f"local-dir:{folder}"
-    return name
 
 
 def _read(image: str, expects: Preprocessing) -> Tensor | Unreadable:
@@ -123,17 +115,3 @@ def _guess(
         )
         for labels, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def _class_names(model: Any) -> list[str]:
-    """By label: the weights' own names, ImageNet's where they fit, else numbers."""
-    count: int = model.num_classes
-    own = model.pretrained_cfg.get("label_names") or ()
-    if len(own) == count:
-        return list(map(str, own))
-    subset = infer_imagenet_subset(model)
-    if subset is not None:
-        info: Any = ImageNetInfo(subset)
-        if info.num_classes() == count:
-            return [info.index_to_description(label) for label in range(count)]
-    return list(map(str, range(count)))

@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_xformers.data.data import Batches, Data, make_batches, open_data
-from timm_xformers.data.preprocessing import Preprocessing
-from timm_xformers.data.rawsplit import RawSplit
+from timm_xformers.data.preprocessing import Preprocessing, input_size
 from timm_xformers.data.sampling import derive_seed, num_train_batches, seed_everything
+from timm_xformers.data.split import Split
 from timm_xformers.errors import DivergedError, UsageError
 from timm_xformers.files.atomic import sha256_of
 from timm_xformers.recipe import Recipe
@@ -174,7 +174,7 @@ class Session:
             )
         return stats, metrics
 
-    def batches(self, split: RawSplit, *, training: bool = False) -> Batches:
+    def batches(self, split: Split, *, training: bool = False) -> Batches:
         """Decode a split, or prepare to, for training (augmented) or evaluation."""
         return make_batches(
             split,
@@ -208,7 +208,7 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
         )
     if recipe.max_seconds and accelerator.num_processes > 1:
         raise UsageError("max_seconds is for one process; use max_steps.")
-    stages = read_stages(recipe, recipe.img_size or data.img_size)
+    stages = read_stages(recipe, input_size(recipe.img_size, data.img_size))
     check_sharding(recipe, stages, accelerator)
     for stage in stages:
         if len(data.train) < stage.batch_size * accelerator.num_processes:

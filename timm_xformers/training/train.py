@@ -222,6 +222,8 @@ class _Run:
             for line in (headline(session, folder.root), *notes, warning):
                 if line is not None:
                     log.say(line)
+            for note in session.data.notes:
+                log.say(note)
             for name in session.data.skipped:
                 log.say(f"left out, cannot be read: {name}")
             try:

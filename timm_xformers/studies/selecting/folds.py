@@ -19,8 +19,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from timm_xformers.data.data import Data, open_data, refuse_unread
-from timm_xformers.data.rawsplit import PilImages, RawSplit
+from timm_xformers.data.known_sets import KNOWN_SETS
 from timm_xformers.data.sampling import stratified_split
+from timm_xformers.data.split import PilImages, Split, split_of
 from timm_xformers.errors import DivergedError, UserError
 from timm_xformers.files.atomic import write_text
 from timm_xformers.recipe import Recipe, override
@@ -92,7 +93,7 @@ class Folds:
     """
 
     data: Data
-    splits: list[tuple[RawSplit, RawSplit]]
+    splits: list[tuple[Split, Split]]
 
     def of(self, fold: int) -> Data:
         """The data for one fold, counted from 1; without test images."""
@@ -120,10 +121,10 @@ def open_folds(recipe: Recipe, count: int, *, decoded: bool = False) -> Folds:
     """
     data = open_data(dataclasses.replace(recipe, val_fraction=0.0))
     train = data.train
-    if decoded and data.img_size is not None:  # only well-known, small sets say their size
+    if decoded and recipe.data in KNOWN_SETS:  # small sets
         pixels = [train.image(position) for position in range(len(train))]
         images = PilImages(pixels, train.labels.tolist(), list(data.class_names))
-        train = RawSplit(images, torch.arange(len(train)), train.labels, train.mode)
+        train = split_of(images, train.mode)
     if count == 1 and data.val is not None:
         return Folds(data, [(train, data.val)])
     if count == 1:

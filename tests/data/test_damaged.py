@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_xformers.data import memory, readable
+from timm_xformers.data import damaged, memory
 from timm_xformers.data.data import make_batches, open_data
 from timm_xformers.data.memory import decode
 from timm_xformers.data.preprocessing import Preprocessing
@@ -175,9 +175,9 @@ def test_a_glance_finds_cut_files_and_no_others(image_folder, kind):
 
 
 def test_a_glance_at_a_large_set_is_spread_evenly(image_folder, monkeypatch):
-    monkeypatch.setattr(readable, "GLANCED_FILES", 6)
+    monkeypatch.setattr(damaged, "CHECKED_FILES", 6)
     seen = []
-    monkeypatch.setattr(readable, "_looks_whole", lambda path: seen.append(path) or True)
+    monkeypatch.setattr(damaged, "_looks_whole", lambda path: seen.append(path) or True)
     recipe = Recipe(data="folder", data_dir=str(image_folder), in_memory=False, val_fraction=0.0)
     open_data(recipe, ["train"])
     assert [path.stem for path in seen] == ["0", "4", "8"] * 2

@@ -18,17 +18,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from timm_xformers.data.rawsplit import RawSplit
+from timm_xformers.data.split import Split
 from timm_xformers.errors import UserError
 
-__all__ = ["drop_unreadable", "glance", "refuse_unreadable"]
+__all__ = ["drop_damaged", "find_cut_files", "refuse_damaged"]
 
-# Files that a glance opens at most, spread evenly: minutes on a slow disk, not hours.
-GLANCED_FILES = 50_000
+# Files of which the ends are looked at, spread evenly: minutes on a slow disk, not hours.
+CHECKED_FILES = 50_000
 NAMED_FILES = 10
 
 
-def refuse_unreadable(problems: Sequence[tuple[str, str]], total: int) -> None:
+def refuse_damaged(problems: Sequence[tuple[str, str]], total: int) -> None:
     """Stop if some images cannot be read.
 
     Args:
@@ -49,7 +49,7 @@ def refuse_unreadable(problems: Sequence[tuple[str, str]], total: int) -> None:
     )
 
 
-def glance(split: RawSplit) -> list[tuple[str, str]]:
+def find_cut_files(split: Split) -> list[tuple[str, str]]:
     """Look at head and tail of image files; images kept otherwise are not looked at.
 
     A file that looks wrong is decoded before it is said to be: some have bytes after their end.
@@ -57,22 +57,20 @@ def glance(split: RawSplit) -> list[tuple[str, str]]:
     Returns:
         Names of images, and what is wrong with them.
     """
-    paths = split.paths()
-    if paths is None:
-        return []
     count = len(split)
-    looked_at = min(count, GLANCED_FILES)
+    looked_at = min(count, CHECKED_FILES)
     problems = []
     for number in range(looked_at):
         position = number * count // looked_at
-        if not _looks_whole(paths[int(split.rows[position])]):
+        path = split.path(position)
+        if path is not None and not _looks_whole(path):
             problem = split.problem(position)
             if problem is not None:
                 problems.append((split.name(position), problem))
     return problems
 
 
-def drop_unreadable(split: RawSplit, num_workers: int) -> tuple[RawSplit, tuple[str, ...]]:
+def drop_damaged(split: Split, num_workers: int) -> tuple[Split, tuple[str, ...]]:
     """Decode every image once and leave out those that fail.
 
     Args:
@@ -109,7 +107,7 @@ def drop_unreadable(split: RawSplit, num_workers: int) -> tuple[RawSplit, tuple[
 class _Problems(Dataset[str | None]):
     """What is wrong with each image of a split."""
 
-    def __init__(self, split: RawSplit) -> None:
+    def __init__(self, split: Split) -> None:
         self.split = split
 
     def __len__(self) -> int:
@@ -137,4 +135,4 @@ def _ends_well(file: BinaryIO, kind: str | None) -> bool:
     tail = file.read()
     if kind == "PNG":
         return tail[:4] == b"IEND"
-    return kind == "JPEG" and tail.endswith(b"\xff\xd9")
+    return kind in ("JPEG", "MPO") and tail.endswith(b"\xff\xd9")
