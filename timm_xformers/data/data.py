@@ -69,6 +69,7 @@ class Data:
         in_memory: Whether batches are made from decoded images.
         skipped: Names of unreadable images, which are in none of the splits.
         notes: Lines on what was found and what of it is in no split.
+        undivided: Whether the test set is a whole data set that has no part for training.
     """
 
     train: Split
@@ -83,6 +84,7 @@ class Data:
     in_memory: bool
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    undivided: bool = False
 
     def preprocess(self, preprocessing: Preprocessing, normalize: str) -> Preprocessing:
         """A new model's size and channels for this data, images kept whole.
@@ -137,6 +139,7 @@ def open_data(
     if recipe.rand_augment is not None:
         check_policy(recipe.rand_augment)
     source = open_source(recipe, used)
+    undivided = source.train is None
     if recipe.classes is not None:
         source = select_classes(source, recipe.classes)
     if model_classes is not None and source.class_names:
@@ -171,6 +174,7 @@ def open_data(
         in_memory=in_memory,
         skipped=tuple(skipped),
         notes=source.notes,
+        undivided=undivided,
     )
 
 

@@ -146,7 +146,7 @@ def _refuse_training_images(recipe: Recipe, data: Data) -> None:
     """A folder without parts is a test set, but not of the run that was trained on it."""
     prefix, _, folder = recipe.model.partition(":")
     own = RunFolder(Path(folder).parent).recipe
-    if data.train is not data.test or prefix != "local-dir" or not own.is_file():
+    if not data.undivided or prefix != "local-dir" or not own.is_file():
         return
     trained = load_recipe(str(own), {})
     places = [Path(each.data_dir or "").resolve() for each in (trained, recipe)]
