@@ -1,8 +1,10 @@
 """Exact attention against timm's module and against the formula."""
 
 import pytest
+import timm
 import torch
-from timm.layers import Attention, LayerNorm
+from timm.layers import Attention, LayerNorm, set_fused_attn
+from timm.utils import AttentionExtract
 
 from timm_xformers.layers.softmax import SoftmaxAttention, softmax_attention
 
@@ -112,8 +114,8 @@ def test_small_maps_in_bfloat16_drop_what_they_are_told_to():
     ("N", "dtype", "trains", "fused"),
     [
         (16, torch.bfloat16, True, False),
-        (256, torch.bfloat16, True, False),
-        (257, torch.bfloat16, True, True),
+        (257, torch.bfloat16, True, False),  # 16 x 16 patches and a class token
+        (321, torch.bfloat16, True, True),
         (16, torch.bfloat16, False, True),
         (16, torch.float32, True, True),
     ],
@@ -129,3 +131,40 @@ def test_the_map_is_formed_only_where_that_is_faster(N, dtype, trains, fused, mo
     q = torch.randn(1, 1, N, 8, dtype=dtype, requires_grad=trains)
     softmax_attention(q, q, q)
     assert bool(calls) is fused
+
+
+@pytest.fixture
+def unfused():
+    set_fused_attn(False)
+    yield
+    set_fused_attn(True)
+
+
+@pytest.mark.parametrize("case", ["plain", "bool", "additive", "causal"])
+def test_without_fused_attention_the_same_comes_from_the_map(case, unfused):
+    q, k, v = torch.randn(3, 2, 2, 5, 8, dtype=torch.float64).unbind(0)
+    keep = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(1)) > 0.4
+    keep[0, 0, 3] = False  # a query without keys
+    additive = torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, float("-inf"))
+    given = {"plain": None, "bool": keep, "additive": additive, "causal": None}[case]
+    true = {"plain": None, "causal": torch.ones(5, 5, dtype=torch.bool).tril()}.get(case, keep)
+    out = softmax_attention(q, k, v, attn_mask=given, is_causal=case == "causal")
+    torch.testing.assert_close(out, by_definition(q, k, v, true))
+    layer = SoftmaxAttention(16, 2).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    slow = layer(x, attn_mask=given, is_causal=case == "causal")
+    set_fused_attn(True)
+    torch.testing.assert_close(layer(x, attn_mask=given, is_causal=case == "causal"), slow)
+
+
+def test_maps_of_exact_attention_are_found(unfused):
+    model = timm.create_model("vix_softmax", img_size=8, depth=2, num_classes=3)
+    images = torch.randn(2, 3, 8, 8)
+    maps = AttentionExtract(model, method="hook")(images)
+    assert list(maps) == ["blocks.0.attn.attn_drop", "blocks.1.attn.attn_drop"]
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=16, depth=1)
+    (expected,) = AttentionExtract(theirs, method="hook")(torch.randn(2, 3, 32, 32)).values()
+    assert expected.dim() == 4
+    for weights in maps.values():
+        assert weights.shape == (2, 4, 65, 65)
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 4, 65))

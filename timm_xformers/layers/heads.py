@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
     "HeadsAttention",
     "attend",
+    "attention_map",
     "autocasts",
     "working_dtype",
 ]
@@ -43,35 +45,59 @@ def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _small_map_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether forming the map is faster than the CPU's fused gradient in bfloat16.
+def _forms_map(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether to form the map instead of calling PyTorch's fused attention.
 
-    With AMX it is, 22 times at 16 tokens, twice at 196, even at 512 (docs/speed.md).
+    ``timm.layers.set_fused_attn(False)`` asks for it: for second derivatives, forward mode and
+    maps. Small maps that a CPU trains in bfloat16 are faster: 22 times at 16 tokens, twice at 196,
+    even at 512 (docs/speed.md, with AMX).
     """
+    if not torch.jit.is_scripting() and not use_fused_attn():  # TorchScript cannot ask
+        return True
     return (
         q.dtype == torch.bfloat16
         and q.device.type == "cpu"
-        and q.shape[-2] * k.shape[-2] <= 65_536  # TorchScript reads no global number
         and torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad)
+        and q.shape[-2] * k.shape[-2] <= 102_400  # 320 tokens; TorchScript reads no global number
     )
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> Tensor:
-    """PyTorch's fused attention, or the map itself where that is the faster one to train."""
-    if not _small_map_pays(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+def attention_map(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Weights softmax(q k^T / sqrt(D)) of exact attention, zero for a query without keys.
+
+    Args:
+        q: Queries (B, H, N, D).
+        k: Keys (B, H, S, D).
+        attn_mask: As in `attend`.
+        is_causal: As in `attend`.
+
+    Returns:
+        (B, H, N, S) in the type of ``q``; the softmax is float32 at least.
+    """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        else:
-            scores = scores + attn_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-    if dropout_p > 0.0:
-        weights = F.dropout(weights, dropout_p)
-    mixed: Tensor = weights @ v
-    return mixed
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    if attn_mask is None:
+        return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+    opened, alive = _open_rows(attn_mask, scores.dtype)
+    if opened.dtype == torch.bool:
+        scores = scores.masked_fill(~opened, float("-inf"))
+    else:
+        scores = scores + opened
+    return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) * alive
+
+
+def _open_rows(attn_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mask with rows that hide every key opened, and the rows (..., N, 1) that do not."""
+    if attn_mask.dtype == torch.bool:
+        alive = attn_mask.any(dim=-1, keepdim=True)
+        return attn_mask | ~alive, alive
+    alive = (attn_mask > float("-inf")).any(dim=-1, keepdim=True)
+    return attn_mask.masked_fill(~alive, 0.0).to(dtype), alive
 
 
 def attend(
@@ -84,9 +110,9 @@ def attend(
 ) -> Tensor:
     """Exact attention, zero for a query all of whose keys are masked.
 
-    PyTorch's fused kernels compute it, but for small maps that a CPU trains in bfloat16. They
-    disagree about masked rows (zero, or not a number, depending on version and backend), so these
-    are opened before the call and cleared after it.
+    PyTorch's fused kernels compute it, unless `timm.layers.set_fused_attn` forbids them or the map
+    is small enough to be faster. They disagree about masked rows (zero or NaN, depending on version
+    and backend), so these are opened before the call and cleared after it.
 
     Args:
         q: Queries (B, H, N, D).
@@ -100,17 +126,19 @@ def attend(
     Returns:
         (B, H, N, E).
     """
+    if _forms_map(q, k, v):
+        weights = attention_map(q, k, attn_mask, is_causal).to(v.dtype)
+        if dropout_p > 0.0:
+            weights = F.dropout(weights, dropout_p)
+        mixed: Tensor = weights @ v
+        return mixed
     if is_causal:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     if attn_mask is None:
-        return _sdpa(q, k, v, None, dropout_p)
-    if attn_mask.dtype == torch.bool:
-        alive = attn_mask.any(dim=-1, keepdim=True)
-        opened = attn_mask | ~alive
-    else:
-        alive = (attn_mask > float("-inf")).any(dim=-1, keepdim=True)
-        opened = attn_mask.masked_fill(~alive, 0.0).to(q.dtype)
-    return _sdpa(q, k, v, opened, dropout_p) * alive
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+    opened, alive = _open_rows(attn_mask, q.dtype)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=opened, dropout_p=dropout_p)
+    return x * alive
 
 
 class HeadsAttention(nn.Module):

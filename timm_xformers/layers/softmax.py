@@ -4,9 +4,11 @@ Vaswani et al., "Attention is all you need", 2017 (arXiv:1706.03762), eq. 1. Tim
 N^2 * D per head; memory as N * D with PyTorch's fused kernels.
 """
 
+import torch
+from timm.layers import use_fused_attn
 from torch import Tensor
 
-from timm_xformers.layers.heads import HeadsAttention, attend
+from timm_xformers.layers.heads import HeadsAttention, attend, attention_map
 
 __all__ = ["SoftmaxAttention", "softmax_attention"]
 
@@ -19,7 +21,7 @@ def softmax_attention(
     is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Mix tokens with weights softmax(q k^T / sqrt(D)), by PyTorch's fused attention.
+    """Mix tokens with weights softmax(q k^T / sqrt(D)), by PyTorch's fused attention if it may.
 
     Args:
         q: Queries (B, H, N, D).
@@ -39,7 +41,8 @@ def softmax_attention(
 class SoftmaxAttention(HeadsAttention):
     """Multi-head exact attention on tokens (B, N, C); equals timm's `Attention`.
 
-    Arguments are those of `HeadsAttention`.
+    Arguments are those of `HeadsAttention`. After ``timm.layers.set_fused_attn(False)`` the maps
+    pass through ``attn_drop``, where `timm.utils.AttentionExtract` (``method="hook"``) finds them.
     """
 
     mechanism = "softmax"
@@ -48,7 +51,10 @@ class SoftmaxAttention(HeadsAttention):
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Exact attention per head, (B, H, N, D)."""
+        if not torch.jit.is_scripting() and not use_fused_attn():
+            # As timm has it: AttentionExtract finds the maps at attn_drop.
+            weights = attention_map(q, k, attn_mask, is_causal).to(v.dtype)
+            mixed: Tensor = self.attn_drop(weights) @ v
+            return mixed
         dropout_p = self.attn_drop.p if self.training else 0.0
-        return softmax_attention(
-            q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p
-        )
+        return attend(q, k, v, attn_mask, dropout_p, is_causal)

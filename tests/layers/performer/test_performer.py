@@ -110,6 +110,66 @@ def test_causal_equals_the_triangular_sum(kernel, N):
     )
 
 
+def causal_by_logarithms(log_q, log_k, v):
+    """The triangular sum, pair by pair, where no scale can spoil it."""
+    pairs = torch.logsumexp(log_q.unsqueeze(-2) + log_k.unsqueeze(-3), dim=-1)  # (B, H, N, N)
+    hidden = torch.ones(pairs.shape[-2:], dtype=torch.bool).triu(1)
+    return pairs.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("scale", [1e-3, 8, 40, 1e3])
+@pytest.mark.parametrize("kernel", ["softmax", "exp"])
+@pytest.mark.parametrize("N", [3, 130])
+def test_causal_is_right_at_every_scale(N, kernel, scale):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (
+        (size * torch.randn(2, 2, N, 16, generator=rng, dtype=torch.float64)).requires_grad_()
+        for size in (scale, scale, 1)
+    )
+    omega = orthogonal_directions(16, 16, seed=0).double()
+
+    def by_pairs(q, k, v):
+        log_q, log_k = q / 2 @ omega.T, k / 2 @ omega.T
+        if kernel == "softmax":
+            log_k = log_k - (k / 2).square().sum(-1, keepdim=True) / 2
+        return causal_by_logarithms(log_q, log_k, v)
+
+    fast = performer_attention(q, k, v, omega, kernel=kernel, is_causal=True)
+    slow = by_pairs(q, k, v)
+    torch.testing.assert_close(fast[:, :, 0], v[:, :, 0])
+    torch.testing.assert_close(fast, slow, atol=1e-9, rtol=1e-9)
+    upstream = torch.randn(fast.shape, generator=rng, dtype=torch.float64)
+    ours = torch.autograd.grad(fast, (q, k, v), upstream)
+    theirs = torch.autograd.grad(slow, (q, k, v), upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        # Where all weight lies on one token gradients are zero, but for rounding at that scale.
+        atol = 1e-8 * float(other.abs().max()) + 1e-13 * max(scale, 1)
+        torch.testing.assert_close(mine, other, atol=atol, rtol=1e-6)
+    with torch.no_grad():  # and in float32 each result lies within the values that are seen
+        narrow = performer_attention(
+            q.float(), k.float(), v.float(), omega.float(), kernel, is_causal=True
+        )
+        seen = v.cummax(dim=2).values.float(), v.cummin(dim=2).values.float()
+        assert ((narrow <= seen[0] + 1e-4) & (narrow >= seen[1] - 1e-4)).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_causal_with_keys_left_out(kernel):
+    q, k, v = draw(2, 2, 9, 8, torch.float64)
+    omega = orthogonal_directions(16, 8, seed=0).double()
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    mask[0, ..., 0] = False
+    mask[1, ..., 4:7] = False
+    out = performer_attention(q, k, v, omega, kernel, attn_mask=mask, is_causal=True)
+    triangle = torch.ones(9, 9, dtype=torch.float64).tril() * mask
+    slow = quadratic(q, k, v, omega, kernel, triangle)
+    assert (out[0, :, 0] == 0).all(), "a query without keys gives zeros"
+    torch.testing.assert_close(out[:, :, 1:], slow[:, :, 1:])
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[2][1, :, 4:7] == 0).all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradcheck(kernel, causal):
@@ -195,6 +255,23 @@ def test_learned_kernel_matches_its_quadratic_sum():
     weights = phi_q @ phi_k.transpose(-2, -1)
     expected = weights / weights.sum(-1, keepdim=True) @ v
     torch.testing.assert_close(layer.mix(q, k, v, None, False), expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.*quant")
+@pytest.mark.parametrize("change", ["quantised", "no weight", "half"])
+def test_learned_kernel_takes_no_type_from_the_projection(change):
+    torch.manual_seed(0)
+    layer = LearnedPerformerAttention(16, 2, num_features=8).eval()
+    x = torch.randn(2, 9, 16)
+    expected = layer(x)
+    if change == "quantised":
+        layer = torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8)
+    elif change == "no weight":
+        layer.proj = torch.nn.Sequential(layer.proj)
+    else:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    assert layer.mix(*layer.project(x), None, False).dtype == x.dtype
+    assert (layer(x) - expected).norm() / expected.norm() < 0.05
 
 
 def test_refusals():

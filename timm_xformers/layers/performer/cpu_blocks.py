@@ -14,7 +14,7 @@ Symbols as in `performer`: q and k (N, D), v (N, E), omega (m, D) scaled by D^(-
 heads, of one image or of several.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def blocked_performer(
             derivatives of the gradient and for forward mode.
 
     Returns:
-        (B, H, N, E) in the type of ``q``, token by token in memory.
+        (B, H, N, E) in the type of ``v``.
     """
     out: Tensor = _Blocked.apply(q, k, v, omega, kernel, plain)[0]
     return out
@@ -116,22 +116,19 @@ def _one_by_one(
 
 
 class _Blocked(torch.autograd.Function):
-    """Mixed values; what the gradient needs besides is small beside the features."""
+    """Mixed values (B, H, N, E); what the gradient needs besides is small beside the features."""
 
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str, plain: Plain
     ) -> tuple[Tensor, Tensor, Tensor]:
-        (B, H, N, _), E, m = q.shape, v.shape[-1], omega.shape[0]
-        out = v.new_empty(B, N, H, E).transpose(1, 2)
-        # Sums of features outgrow float16: these two have the type of the features.
-        state, norm = omega.new_empty(B, H, m, E), omega.new_empty(B, H, N, 1)
         with torch.autocast("cpu", enabled=False):  # it would sum features in half precision
-            for at in _blocks(q):
-                found = _mix(_flat(q[at]), _flat(k[at]), _flat(v[at]), omega, kernel)
-                for whole, piece in zip((out, state, norm), found, strict=True):
-                    whole[at] = piece.view(whole[at].shape)
-        return out, state, norm
+            found = [
+                _mix(_flat(q[at]), _flat(k[at]), _flat(v[at]), omega, kernel) for at in _blocks(q)
+            ]
+        out, state, norm = _join(found, q)
+        # Sums of features outgrow float16: the other two keep the type of the features.
+        return out.to(v.dtype), state, norm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -160,7 +157,7 @@ class _Blocked(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """Gradients of queries, keys and values."""
+    """Gradients (B, H, N, D) of queries, keys and values."""
 
     @staticmethod
     def forward(
@@ -174,19 +171,13 @@ class _Gradient(torch.autograd.Function):
         norm: Tensor,
         kernel: str,
         plain: Plain,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         given = (q, k, v, out, grad, state, norm)
-        # One memory for the three, side by side as a joint projection has them.
-        dq, dk, dv = (
-            x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-            for x in given[:3]
-        )
         with torch.autocast("cpu", enabled=False):
-            for at in _blocks(q):
-                pieces = _mix_backward(omega, kernel, *(_flat(x[at]) for x in given))
-                for whole, piece in zip((dq, dk, dv), pieces, strict=True):
-                    whole[at] = piece.view(whole[at].shape)
-        return dq, dk, dv
+            found = [
+                _mix_backward(omega, kernel, *(_flat(x[at]) for x in given)) for at in _blocks(q)
+            ]
+        return tuple(x.to(like.dtype) for x, like in zip(_join(found, q), given, strict=False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -233,28 +224,34 @@ def _push(function: Callable[..., Any], given: tuple[Tensor, ...], tangents: Any
     return push(along)[0]
 
 
+def _join(pieces: Sequence[tuple[Tensor, ...]], like: Tensor) -> tuple[Tensor, ...]:
+    """Results of all blocks, (h, ...) each, as (B, H, ...). None is written into another."""
+    whole = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return tuple(x.reshape(*like.shape[:2], *x.shape[1:]) for x in whole)
+
+
 def _flat(x: Tensor) -> Tensor:
     """A block of (h, N, D) as it is, or one of several images (b, H, N, D) as (b * H, N, D)."""
     return x.reshape(-1, *x.shape[-2:])
 
 
+# Nothing below changes a tensor that an operation returned: selective checkpointing may keep it.
 def positive_features(y: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """phi(y), and the tensor from which its slope is found; may reuse the memory of ``y``."""
+    """phi(y), and the tensor from which its slope is found."""
     if kernel == "gelu":
-        return F.gelu(y).add_(0.17 + FEATURE_EPS), y
-    y, shift = (y.clamp_min_(0), 0) if kernel == "relu" else (F.elu_(y), 1)
-    phi = y.add_(shift + FEATURE_EPS)
+        return F.gelu(y) + (0.17 + FEATURE_EPS), y
+    phi = y.clamp_min(0) + FEATURE_EPS if kernel == "relu" else F.elu(y) + (1 + FEATURE_EPS)
     return phi, phi
 
 
 def positive_slope(grad: Tensor, known: Tensor, kernel: str) -> Tensor:
-    """Gradient of y from that of phi(y); may reuse the memory of ``grad``."""
+    """Gradient of y from that of phi(y)."""
     if kernel == "gelu":
         found: Tensor = torch.ops.aten.gelu_backward(grad, known)
     elif kernel == "relu":
         found = torch.ops.aten.threshold_backward(grad, known, FEATURE_EPS)
     else:  # elu' = 1 above zero, where phi > 1 + eps, and exp(y) = phi - eps below
-        found = grad.mul_((known - FEATURE_EPS).clamp_max_(1))
+        found = grad * (known - FEATURE_EPS).clamp_max(1)
     return found
 
 
@@ -272,7 +269,7 @@ def _mix(
     total = phi_k.sum(dim=1).unsqueeze(-1)  # (h, m, 1)
     phi_q, _ = positive_features(_project(q, omega), kernel)
     norm = torch.bmm(phi_q, total)
-    return torch.bmm(phi_q, state).div_(norm), state, norm
+    return torch.bmm(phi_q, state) / norm, state, norm
 
 
 def _mix_backward(
@@ -290,12 +287,12 @@ def _mix_backward(
     phi_q, slope_q = positive_features(_project(q, omega), kernel)
     total = phi_k.sum(dim=1, keepdim=True)  # (h, 1, m)
     d_sum = grad / norm  # of phi_q @ state
-    d_norm = (d_sum * out).sum(dim=-1, keepdim=True).neg_()  # (h, N, 1)
+    d_norm = -(d_sum * out).sum(dim=-1, keepdim=True)  # (h, N, 1)
     d_state = torch.bmm(phi_q.transpose(1, 2), d_sum)  # (h, m, E)
     d_total = torch.bmm(d_norm.transpose(1, 2), phi_q)  # (h, 1, m)
     dv = torch.bmm(phi_k, d_state)
-    d_phi_q = torch.bmm(d_sum, state.transpose(1, 2)).addcmul_(d_norm, total)
-    d_phi_k = torch.bmm(v.to(omega.dtype), d_state.transpose(1, 2)).add_(d_total)
+    d_phi_q = torch.baddbmm(d_norm * total, d_sum, state.transpose(1, 2))
+    d_phi_k = torch.baddbmm(d_total, v.to(omega.dtype), d_state.transpose(1, 2))
     dq = positive_slope(d_phi_q, slope_q, kernel) @ omega
     dk = positive_slope(d_phi_k, slope_k, kernel) @ omega
     return dq, dk, dv

@@ -53,19 +53,19 @@ class LearnedPerformerAttention(HeadsAttention):
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Linear attention per head, (B, H, N, D)."""
+        # The features' network casts as its own layers do, under autocast, quantised or offloaded.
+        phi_q = self.feature_net(q * self.feature_scale)
+        phi_k = self.feature_net(k * self.feature_scale)
         if torch.jit.is_scripting():
-            return self._mix(q, k, v, attn_mask, is_causal)
-        elif autocasts(q.device.type):  # it would sum features over tokens in half precision
-            with torch.autocast(q.device.type, enabled=False):
-                return self._mix(q, k, v, attn_mask, is_causal)
-        return self._mix(q, k, v, attn_mask, is_causal)
+            return self._mix(phi_q, phi_k, v, attn_mask, is_causal)
+        elif autocasts(v.device.type):  # it would sum features over tokens in half precision
+            with torch.autocast(v.device.type, enabled=False):
+                return self._mix(phi_q, phi_k, v, attn_mask, is_causal)
+        return self._mix(phi_q, phi_k, v, attn_mask, is_causal)
 
     def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+        self, phi_q: Tensor, phi_k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
-        own = self.proj.weight.dtype
         dtype = working_dtype(v.dtype, wide=is_causal)
-        phi_q = self.feature_net((q * self.feature_scale).to(own)).to(dtype) + self.feature_eps
-        phi_k = self.feature_net((k * self.feature_scale).to(own)).to(dtype) + self.feature_eps
-        x = mix_features(phi_q, phi_k, v.to(dtype), False, attn_mask, is_causal)
-        return x.to(v.dtype)
+        phi_q, phi_k = phi_q.to(dtype) + self.feature_eps, phi_k.to(dtype) + self.feature_eps
+        return mix_features(phi_q, phi_k, v.to(dtype), False, attn_mask, is_causal).to(v.dtype)

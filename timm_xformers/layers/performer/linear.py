@@ -12,6 +12,7 @@ zero at any scale.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from timm_xformers.layers.masks import key_bias, key_padding
 
@@ -71,39 +72,41 @@ def positive_mix(phi_q: Tensor, phi_k: Tensor, v: Tensor, keep: Tensor | None = 
     return x[..., :-1] / x[..., -1:].clamp_min(1e-7)
 
 
-def _causal_mix(
-    log_q: Tensor, log_k: Tensor, v: Tensor, bias: Tensor | None, chunk: int = 128
-) -> Tensor:
-    """`exponential_mix` where token i sees tokens 0..i: chunks in order, one running state.
+def _causal_mix(log_q: Tensor, log_k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """`exponential_mix` where token i sees tokens 0..i, at every scale of the features.
 
-    Exact within what float32 holds of exp(b_i - max_j b_j) inside a chunk.
+    A maximum over keys that a query does not see yet would swamp those that it does. So the keys
+    before a query are taken in runs of 1, 2, 4, ... tokens, each seen as a whole and scaled by its
+    own maximum, and the sums over runs are put together relative to their largest: N * log N.
     """
     if bias is not None:
-        log_k = log_k + bias
-    B, H, N, m = log_k.shape
-    v = v.to(log_k.dtype)
-    state = torch.zeros(B, H, m, v.shape[-1], dtype=v.dtype, device=v.device)
-    seen = torch.zeros(B, H, 1, m, dtype=v.dtype, device=v.device)
-    top = torch.full((B, H, 1, m), -1e30, dtype=v.dtype, device=v.device)
-    chunks: list[Tensor] = []
-    for start in range(0, N, chunk):
-        a = log_q[:, :, start : start + chunk]
-        b = log_k[:, :, start : start + chunk]
-        values = v[:, :, start : start + chunk]
-        new_top = torch.maximum(top, b.detach().amax(dim=-2, keepdim=True))
-        decay = (top - new_top).exp()
-        state = state * decay.transpose(-2, -1)
-        seen = seen * decay
-        top = new_top
-        logits = a + top
-        phi_q = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp()
-        phi_k = (b - top).exp()
-        inside = (phi_q @ phi_k.transpose(-2, -1)).tril()
-        norm = inside.sum(dim=-1, keepdim=True) + (phi_q * seen).sum(dim=-1, keepdim=True)
-        chunks.append((inside @ values + phi_q @ state) / norm.clamp_min(1e-30))
-        state = state + phi_k.transpose(-2, -1) @ values
-        seen = seen + phi_k.sum(dim=-2, keepdim=True)
-    return torch.cat(chunks, dim=2)
+        log_k = log_k + bias.clamp_min(-1e30)
+    N, E = v.shape[2], v.shape[3]
+    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).to(log_k.dtype)  # sums and normaliser
+    logits = log_q + log_k  # a token and itself
+    top = logits.detach().amax(dim=-1, keepdim=True)  # (B, H, N, 1)
+    sums = (logits - top).exp().sum(dim=-1, keepdim=True) * v  # (B, H, N, E + 1)
+    size = 1
+    while size < N:
+        # Pairs of runs: queries of the second see all keys of the first.
+        fill = [0, 0, 0, -N % (2 * size)]
+        pairs = [torch.unflatten(F.pad(x, fill), 2, [-1, 2, size]) for x in (log_q, log_k, v)]
+        a, b, values = pairs[0][:, :, :, 1], pairs[1][:, :, :, 0], pairs[2][:, :, :, 0]
+        peak = b.detach().amax(dim=-2, keepdim=True)  # (B, H, n, 1, m)
+        logits = a + peak
+        new_top = logits.detach().amax(dim=-1, keepdim=True)  # (B, H, n, size, 1)
+        state = (b - peak).exp().transpose(-2, -1) @ values  # (B, H, n, m, E + 1)
+        new_sums = (logits - new_top).exp() @ state
+        # Queries of first runs gain nothing from this size.
+        new_sums = torch.stack([torch.zeros_like(new_sums), new_sums], dim=3)
+        new_top = torch.stack([torch.full_like(new_top, -3e38), new_top], dim=3)
+        new_sums, new_top = new_sums.flatten(2, 4)[:, :, :N], new_top.flatten(2, 4)[:, :, :N]
+        higher = torch.maximum(top, new_top)
+        sums = sums * (top - higher).exp() + new_sums * (new_top - higher).exp()
+        top = higher
+        size *= 2
+    out = sums[..., :E] / sums[..., E:]
+    return out * (top > -1e29)  # zero for a query without keys
 
 
 def mix_features(

@@ -1,0 +1,241 @@
+"""PyTorch's other tools on every mechanism: torch.func, higher derivatives, checkpoints, export."""
+
+import functools
+
+import pytest
+import torch
+from timm.layers import set_fused_attn
+from torch import nn
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from timm_xformers.layers.factory import attention_class
+from timm_xformers.layers.performer import cpu_blocks
+
+NAMES = [
+    "softmax",
+    "performer_softmax_m16",
+    "performer_exp_m16",
+    "performer_relu_m16",
+    "performer_gelu_m16",
+    "performer_elu_m16",
+    "performer_learned_m16",
+    "nystrom_l16",
+    "nystrom_l16_conv33",
+    "linformer_k32",
+    "local1d_w16",
+    "local2d_w4",
+    "local2d_w4_shifted",
+    "fnet",
+]
+# PyTorch has no batching rule for its fused attention, and takes one call after another.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+POSITIVE = [name for name in NAMES if "relu" in name or "gelu" in name or "elu" in name]
+
+
+@pytest.fixture(autouse=True, params=["small", "large"])
+def sizes(request, monkeypatch):
+    """What is small enough for the plain form, and what goes in blocks."""
+    if request.param == "large":
+        for name in ("LEAST_FEATURES", "LEAST_FEATURES_NO_GRAD", "LEAST_EXPONENTIALS"):
+            monkeypatch.setattr(cpu_blocks, name, 0)
+        monkeypatch.setattr(cpu_blocks, "PIECE_FEATURES", 1)
+    return request.param
+
+
+@pytest.fixture
+def unfused():
+    """PyTorch's fused attention has no second derivative and no forward mode."""
+    set_fused_attn(False)
+    yield
+    set_fused_attn(True)
+
+
+def build(name, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    layer = attention_class(name)(8, 2, dtype=torch.float64, **kwargs)
+    if name.endswith("_shifted"):
+        layer.set_layout((5, 5), 0, depth=1)
+    return layer
+
+
+def tokens(B=2, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(B, 25, 8, generator=rng, dtype=torch.float64)
+
+
+def only(name, sizes, large=POSITIVE):
+    """The second size changes nothing but where there are blocks."""
+    if sizes == "large" and name not in large:
+        pytest.skip("the same as the small size")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reverse_mode(name, sizes):
+    only(name, sizes)
+    layer, x = build(name), tokens().requires_grad_()
+    if sizes == "large":
+        assert layer.form(x) == "cpu_blocks"
+    out = layer(x)
+    upstream = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, x, upstream)
+    torch.testing.assert_close(vjp(layer, x.detach())[1](upstream)[0], expected)
+    jacobian = jacrev(lambda x: layer(x)[:, :2].sum(dim=(1, 2)))(x.detach())
+    rows = torch.autograd.functional.jacobian(lambda x: layer(x)[:, :2].sum(dim=(1, 2)), x.detach())
+    torch.testing.assert_close(jacobian, rows)
+    out = layer(x)
+    many = torch.randn(3, *out.shape, dtype=out.dtype)
+    (batched,) = torch.autograd.grad(out, x, many, is_grads_batched=True, retain_graph=True)
+    for given, found in zip(many, batched, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(out, x, given, retain_graph=True)[0], found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_over_inputs_and_over_models(name, sizes):
+    only(name, sizes, [*POSITIVE, "performer_softmax_m16"])
+    layers = [build(name, seed) for seed in range(3)]
+    for seed, layer in enumerate(layers):
+        if hasattr(layer, "redraw"):
+            layer.redraw(seed)
+    batches = torch.stack([tokens(seed=seed) for seed in range(3)])
+    for layer in layers[:1]:
+        expected = torch.stack([layer(x) for x in batches])
+        torch.testing.assert_close(vmap(layer, randomness="error")(batches), expected)
+    if name == "fnet":  # nothing to stack
+        return
+    weights, buffers = stack_module_state(layers)
+
+    def call(weights, buffers, x):
+        return functional_call(layers[0], (weights, buffers), (x,))
+
+    expected = torch.stack([layer(batches[0]) for layer in layers])
+    torch.testing.assert_close(vmap(call, (0, 0, None))(weights, buffers, batches[0]), expected)
+    expected = torch.stack([layer(x) for layer, x in zip(layers, batches, strict=True)])
+    torch.testing.assert_close(vmap(call)(weights, buffers, batches), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fnet"])
+def test_gradients_per_sample(name, sizes):
+    only(name, sizes, [*POSITIVE, "performer_softmax_m16"])
+    layer, x = build(name), tokens(3)
+    weights = {key: value.detach() for key, value in layer.named_parameters()}
+
+    def loss(weights, image):
+        return (
+            functional_call(layer, (weights, dict(layer.named_buffers())), (image[None],))
+            .square()
+            .sum()
+        )
+
+    found = vmap(grad(loss), (None, 0))(weights, x)
+    for index, image in enumerate(x):
+        layer.zero_grad()
+        layer(image[None]).square().sum().backward()
+        for key, parameter in layer.named_parameters():
+            torch.testing.assert_close(found[key][index], parameter.grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_and_second_derivatives(name, sizes, unfused):
+    only(name, sizes, [*POSITIVE, "performer_softmax_m16"])
+    if name in POSITIVE and sizes == "large":
+        set_fused_attn(True)  # blocks have rules of their own
+    layer, x, along = build(name), tokens(), tokens(seed=1)
+    out, moved = jvp(layer, (x,), (along,))
+    step = 1e-6
+    numeric = (layer(x + step * along) - layer(x - step * along)) / (2 * step)
+    torch.testing.assert_close(out, layer(x))
+    torch.testing.assert_close(moved, numeric, atol=1e-7, rtol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(x, along))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, moved)
+
+    rest = tokens(1, seed=2)[:, 1:]
+
+    def first(x):
+        given = torch.cat([x[None, None], rest], dim=1)
+        return layer(given)[0].square().sum()
+
+    given = x[0, 0]
+    torch.testing.assert_close(jacfwd(first)(given), jacrev(first)(given))
+    twice = hessian(first)(given)
+    torch.testing.assert_close(twice, torch.autograd.functional.hessian(first, given))
+    torch.testing.assert_close(twice, jacrev(jacrev(first))(given))
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["products", "all"])
+@pytest.mark.parametrize("name", NAMES)
+def test_selective_checkpoints(name, everything, sizes):
+    only(name, sizes, [*POSITIVE, "performer_softmax_m16"])
+    layer, x = build(name), tokens().requires_grad_()
+    layer(x).square().sum().backward()
+    expected = [x.grad, *(p.grad for p in layer.parameters())]
+
+    def policy(ctx, operation, *args, **kwargs):
+        kept = everything or "mm" in str(operation)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x.grad = None
+    layer.zero_grad()
+    context = functools.partial(create_selective_checkpoint_contexts, policy)
+    out = checkpoint(layer, x, use_reentrant=False, context_fn=context)
+    out.square().sum().backward()
+    for found, other in zip([x.grad, *(p.grad for p in layer.parameters())], expected, strict=True):
+        torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", NAMES)
+def test_export_with_a_free_batch(name, training, sizes):
+    if sizes == "large":
+        pytest.skip("exported graphs hold the plain form")
+    layer = build(name).train(training)
+    for batch in (torch.export.Dim("batch", min=1, max=64), torch.export.Dim.AUTO):
+        with torch.set_grad_enabled(training):
+            program = torch.export.export(layer, (tokens(2),), dynamic_shapes=({0: batch},))
+        for B in (1, 3, 40):
+            torch.testing.assert_close(program.module()(tokens(B)), layer(tokens(B)))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_with_free_sizes(name, training, sizes):
+    if sizes == "large":
+        pytest.skip("compiled graphs hold the plain form")
+    layer = build(name).train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    for B in (2, 3, 40):
+        x, other = (tokens(B).requires_grad_(training) for _ in range(2))
+        with torch.set_grad_enabled(training):
+            out, expected = compiled(x), layer(other)
+        torch.testing.assert_close(out, expected)
+        if training:
+            out.square().sum().backward()
+            expected.square().sum().backward()
+            torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_parts_left_out_of_a_projection_still_run():
+    """Offloading and quantisation swap modules: nothing reads their weights past them."""
+    for name in NAMES[:-1]:
+        layer = build(name)
+        x = tokens()
+        expected = layer(x)
+        for part in ("qkv", "proj"):
+            setattr(layer, part, nn.Sequential(getattr(layer, part)))
+        torch.testing.assert_close(layer(x), expected)
