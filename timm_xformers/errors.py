@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """The loss is no longer a number: a verdict on the settings, not on the machine."""
+    """The loss is NaN or infinite: a verdict on the settings, not on the machine."""
 
 
 class UsageError(UserError):

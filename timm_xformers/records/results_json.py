@@ -67,7 +67,7 @@ class Record:
         seed: Seed of the run.
         batch_size: Micro-batch, images per process.
         num_processes: Processes.
-        mixed_precision: Precision of the passes.
+        mixed_precision: Precision of the forward pass.
         cpu_seconds: Processor time of the training process in them, summed over its threads.
         seconds: Time of the training epochs without validation, or of the evaluation.
         images_per_s: Images over that time, all processes together.

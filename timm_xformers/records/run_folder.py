@@ -3,7 +3,6 @@
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -15,56 +14,33 @@ from timm_xformers.recipe import Recipe, load_recipe
 __all__ = ["RunFolder", "create_run_folder", "hold", "open_run_folder", "plain_name"]
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths of what a run leaves behind."""
+    """Paths of what a run leaves behind.
 
-    root: Path
+    Attributes:
+        root: The folder.
+        recipe: Resolved recipe.
+        history: One row per epoch.
+        record: Final figures.
+        curves: Loss and accuracy, drawn.
+        confusion: Which class was taken for which, drawn.
+        per_class: Recall and precision of every class.
+        log: Everything that was said.
+        best: Weights to use.
+        last: Weights and state to go on from.
+    """
 
-    @property
-    def recipe(self) -> Path:
-        """Resolved recipe."""
-        return self.root / "recipe.yaml"
-
-    @property
-    def history(self) -> Path:
-        """One row per epoch."""
-        return self.root / "results.csv"
-
-    @property
-    def record(self) -> Path:
-        """Final figures."""
-        return self.root / "results.json"
-
-    @property
-    def curves(self) -> Path:
-        """Loss and accuracy, drawn."""
-        return self.root / "curves.png"
-
-    @property
-    def confusion(self) -> Path:
-        """Which class was taken for which, drawn."""
-        return self.root / "confusion.png"
-
-    @property
-    def per_class(self) -> Path:
-        """Recall and precision of every class."""
-        return self.root / "per_class.csv"
-
-    @property
-    def log(self) -> Path:
-        """Everything that was said."""
-        return self.root / "log.txt"
-
-    @property
-    def best(self) -> Path:
-        """Weights to use."""
-        return self.root / "best"
-
-    @property
-    def last(self) -> Path:
-        """Weights and state to go on from."""
-        return self.root / "last"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe = root / "recipe.yaml"
+        self.history = root / "results.csv"
+        self.record = root / "results.json"
+        self.curves = root / "curves.png"
+        self.confusion = root / "confusion.png"
+        self.per_class = root / "per_class.csv"
+        self.log = root / "log.txt"
+        self.best = root / "best"
+        self.last = root / "last"
 
 
 def create_run_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:

@@ -21,7 +21,7 @@ from timm_xformers.files.atomic import find_damage, previous_of, write_folder
 from timm_xformers.records.results_csv import EpochRow, read_history, write_history
 from timm_xformers.training.loop import EpochSums
 
-__all__ = ["Checkpoint", "Progression", "open_last", "save_best", "save_last"]
+__all__ = ["Checkpoint", "ModelInfo", "Progression", "open_last", "save_best", "save_last"]
 
 STATE_FILE = "training_state.pt"
 HISTORY_FILE = "results.csv"
@@ -69,32 +69,31 @@ class Progression:
         return f"after epoch {self.epoch}"
 
 
-def save_best(
-    folder: Path,
-    model: nn.Module,
-    model_args: dict[str, Any],
-    preprocessing: Preprocessing,
-    class_names: tuple[str, ...],
-) -> None:
-    """Write weights and configuration in timm's format.
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is kept beside weights.
 
-    Args:
-        folder: The run's ``best``.
-        model: With the weights to keep.
-        model_args: Arguments that build it again, by name.
-        preprocessing: What the weights expect.
+    Attributes:
+        model_args: Arguments that build the model again, by name.
+        preprocessing: What the weights expect of an image.
         class_names: By label; empty if unknown.
     """
+
+    model_args: dict[str, Any]
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+
+
+def save_best(folder: Path, model: nn.Module, info: ModelInfo) -> None:
+    """Write weights and configuration in timm's format, to the run's ``best``."""
     with write_folder(folder) as fresh:
-        _export(fresh, model, model_args, preprocessing, class_names)
+        _export(fresh, model, info)
 
 
 def save_last(
     folder: Path,
     model: nn.Module,
-    model_args: dict[str, Any],
-    preprocessing: Preprocessing,
-    class_names: tuple[str, ...],
+    info: ModelInfo,
     state: dict[str, Any],
     progression: Progression,
     rows: list[EpochRow],
@@ -105,16 +104,14 @@ def save_last(
     Args:
         folder: The run's ``last``.
         model: As it is being trained, not averaged.
-        model_args: Arguments that build it again, by name.
-        preprocessing: What the weights expect.
-        class_names: By label; empty if unknown.
+        info: What is kept beside the weights.
         state: Tensors and plain values: optimiser, averaged weights, scaler.
         progression: How far the run got.
         rows: Of the finished epochs.
         origin: What the run was started with: its ``recipe`` and its ``data``, as JSON has them.
     """
     with write_folder(folder, keep_previous=True) as fresh:
-        _export(fresh, model, model_args, preprocessing, class_names)
+        _export(fresh, model, info)
         torch.save(state, fresh / STATE_FILE)
         text = json.dumps(asdict(progression), indent=2)
         (fresh / PROGRESSION_FILE).write_text(text, encoding="utf-8")
@@ -175,13 +172,8 @@ def open_last(folder: Path) -> Checkpoint:
     raise UserError(f"No checkpoint to go on from ({'; '.join(complaints)}); start a new run.")
 
 
-def _export(
-    folder: Path,
-    model: nn.Module,
-    model_args: dict[str, Any],
-    preprocessing: Preprocessing,
-    class_names: tuple[str, ...],
-) -> None:
+def _export(folder: Path, model: nn.Module, info: ModelInfo) -> None:
+    preprocessing, class_names = info.preprocessing, info.class_names
     exported: Any = model  # timm's attributes are none that nn.Module declares
     before = exported.pretrained_cfg
     config: dict[str, Any] = dict(before)
@@ -201,7 +193,7 @@ def _export(
             model,
             str(folder),
             model_config={"label_names": list(class_names)} if class_names else None,
-            model_args=model_args,
+            model_args=info.model_args,
             safe_serialization=True,
         )
     finally:

@@ -9,9 +9,9 @@ from torch import nn
 __all__ = ["compile_model"]
 
 # GCC 12.2 at -O3, tuned for a processor it does not know by name, miscompiles the transposition of
-# bfloat16 in kernels with AVX-512: compiled gradients of attention at 64 tokens were no numbers, or
+# bfloat16 in kernels with AVX-512: compiled gradients of attention at 64 tokens were NaN, or
 # wrong ones, where plain ones were right. PyTorch vectorises its loops itself and turns GCC's loop
-# vectoriser off for the same reason; this is the other half of it.
+# vectoriser off for the same reason; this is the same for its other vectoriser.
 SAFE_FLAG = "-fno-tree-slp-vectorize"
 
 

@@ -36,9 +36,9 @@ class EpochSums:
     """What one process adds up over an epoch, so that an epoch can be continued.
 
     Attributes:
-        loss: Training losses of its passes.
+        loss: Training losses of its micro-batches.
         right: Right answers.
-        passes: Passes.
+        passes: Micro-batches.
         images: Images.
         seconds: Wall time.
         wait_seconds: Part of it spent waiting for batches.
@@ -208,10 +208,11 @@ class Trainer:
     @property
     def spent(self) -> bool:
         """Whether a budget of updates or processor seconds has ended the run."""
-        return self._spent_share >= 1
+        return self.spent_share >= 1
 
     @property
-    def _spent_share(self) -> float:
+    def spent_share(self) -> float:
+        """Share of the budget that is used; 0 without one."""
         if self.max_steps:
             return self.updates / self.max_steps
         return self.cpu_seconds / self.max_seconds if self.max_seconds else 0.0
@@ -221,8 +222,8 @@ class Trainer:
 
         Args:
             epoch: The epoch.
-            passes: Passes of it that are done.
-            num_batches: Passes that it has.
+            passes: Micro-batches of it that are done.
+            num_batches: Micro-batches that it has.
         """
         if self.scheduler is None:
             return
@@ -232,7 +233,7 @@ class Trainer:
         within: Any = done if all_ == unit else done * unit / all_
         by_epochs: Any = (epoch - 1) * unit + within
         # Under a budget, the schedule ends with whatever ends first.
-        by_budget = min(self._spent_share, 1.0) * self.total_epochs * unit
+        by_budget = min(self.spent_share, 1.0) * self.total_epochs * unit
         self.scheduler.step_update(max(by_epochs, by_budget) if by_budget else by_epochs)
 
     def _step(
@@ -251,7 +252,7 @@ class Trainer:
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         last = place == group_size - 1
-        # Only the last pass of a group needs the other processes' gradients.
+        # Only the last micro-batch of a group needs the other processes' gradients.
         sync = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
         with sync:
             # Accelerate gives it to the forward pass of unsharded models only.
@@ -308,7 +309,7 @@ class _LossWatch:
         """Mean loss and accuracy in percent so far; fails at the first NaN or infinite loss."""
         sums = self.sums
         if self.pending:
-            rows = torch.stack(self.pending).cpu().tolist()  # (passes, 2)
+            rows = torch.stack(self.pending).cpu().tolist()  # (micro-batches, 2)
             self.pending.clear()
             # One by one: a sum must not depend on how often it was read.
             for loss, right in rows:

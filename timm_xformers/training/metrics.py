@@ -1,4 +1,4 @@
-"""One pass of evaluation, on any number of processes."""
+"""Evaluation on any number of processes."""
 
 from dataclasses import dataclass, field
 
@@ -58,7 +58,7 @@ def evaluate_model(
         model: Plain model, or a sharded one: processes have different numbers of batches, and one
             that is wrapped in another way waits for the others in every forward pass.
         data: The split.
-        batch_size: Images per pass.
+        batch_size: Images per forward pass and process.
         accelerator: Devices and processes.
     """
     order = eval_batches(
@@ -71,7 +71,7 @@ def evaluate_model(
     if is_sharded(model):
         order = equal_turns(order, len(data), batch_size, accelerator.num_processes)
     if accelerator.num_processes > 1:
-        # Those of batch normalisation have gone apart since the last pass began; the first
+        # Those of batch normalisation have gone apart since the last evaluation; the first
         # process's are the ones that are saved.
         for buffer in model.buffers():
             buffer.copy_(broadcast(buffer))

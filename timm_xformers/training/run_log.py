@@ -26,22 +26,29 @@ class RunLog:
         log_path: File that receives every line; None writes none.
         total_steps: Batches of the whole run.
         done_steps: Batches of earlier sessions.
+        done_share: Share of a budget that these have used.
         speaking: False for the other processes.
     """
 
     def __init__(
-        self, log_path: Path | None, total_steps: int, done_steps: int, *, speaking: bool
+        self,
+        log_path: Path | None,
+        total_steps: int,
+        done_steps: int,
+        *,
+        speaking: bool,
+        done_share: float = 0.0,
     ) -> None:
-        self.speaking, self.gone = speaking, False
+        self.speaking, self.gone = speaking, sys.stderr is None
         self.log = log_path.open("a", encoding="utf-8") if log_path and speaking else None
         self.total_steps = total_steps
-        self.start_steps = done_steps
+        self.start_steps, self.start_share = done_steps, done_share
         self.start = time.perf_counter()
         self.bar = tqdm(
             total=total_steps,
             initial=done_steps,
             unit="step",
-            disable=not (speaking and sys.stderr.isatty()),
+            disable=self.gone or not (speaking and sys.stderr.isatty()),
             dynamic_ncols=True,
             file=sys.stderr,
         )
@@ -97,10 +104,12 @@ class RunLog:
         )
         self._show(lambda: self.bar.update(step - self.bar.n))
 
-    def remaining(self, step: int) -> str:
-        """Words for the time that is left, judged by this session's steps."""
-        done = step - self.start_steps
-        seconds = (time.perf_counter() - self.start) / max(done, 1) * (self.total_steps - step)
+    def remaining(self, step: int, spent_share: float = 0.0) -> str:
+        """Words for the time that is left, judged by this session's steps, or use of a budget."""
+        done = (step - self.start_steps) / max(self.total_steps - self.start_steps, 1)
+        used = (spent_share - self.start_share) / max(1 - self.start_share, 1e-9)
+        share = min(max(done, used, 1e-9), 1.0)
+        seconds = (time.perf_counter() - self.start) * (1 - share) / share
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes}:{seconds:02d}"
 

@@ -1,4 +1,4 @@
-"""Growing images: the side, the batch size and the share of tokens that each epoch has.
+"""Progressive resizing: the image side, the batch size and the patch dropout of each epoch.
 
 Small images, and parts of images, make long sequences affordable. At the start of a stage the
 model's positions and sequence projections are interpolated, the optimiser keeps what it knows of
@@ -21,7 +21,7 @@ class Stage:
     Attributes:
         epoch: The first one.
         img_size: Side of the square input in pixels; None where the model's own is used.
-        batch_size: Images per process and pass.
+        batch_size: Micro-batch, images per process.
         patch_drop_rate: Share of an image's tokens that training leaves out.
     """
 

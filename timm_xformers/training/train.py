@@ -14,7 +14,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from timm_xformers.data.digest import changes, describe, digest_of
 from timm_xformers.data.loader import killed_worker
-from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import previous_of, recover, sweep
 from timm_xformers.recipe import NO_INFLUENCE, Recipe
@@ -32,6 +31,7 @@ from timm_xformers.records.run_folder import RunFolder, create_run_folder, hold,
 from timm_xformers.training.build import build_model
 from timm_xformers.training.checkpoint import (
     Checkpoint,
+    ModelInfo,
     Progression,
     open_last,
     save_best,
@@ -205,6 +205,7 @@ class _Run:
             total_steps=total_steps,
             done_steps=session.steps_through(self.progression.epoch) + done_steps,
             speaking=accelerator.is_main_process,
+            done_share=session.trainer.spent_share,
         )
         with (
             StopRequest() as request,
@@ -236,7 +237,7 @@ class _Run:
                         write_history(folder.history, self.rows)
                         trackers.log_epoch(row)
                     self.save(reached)
-                    left = log.remaining(session.steps_through(epoch))
+                    left = log.remaining(session.steps_through(epoch), session.trainer.spent_share)
                     log.say(epoch_line(row, recipe.epochs, left))
                     self._leave_if_asked(request.signum if epoch < recipe.epochs else 0)
             except (KeyboardInterrupt, Stopped):
@@ -283,7 +284,7 @@ class _Run:
             )
             with whole_weights(trainer.best_weights):
                 if session.accelerator.is_main_process:
-                    save_best(self.folder.best, trainer.best_weights, *_description(session))
+                    save_best(self.folder.best, trainer.best_weights, _info(session))
         return reached, _row(epoch, stats, metrics, trainer.optimizer.param_groups)
 
     def _between_updates(self, so_far: Callable[[], EpochSums], request: StopRequest) -> None:
@@ -330,16 +331,8 @@ class _Run:
         )
         with whole_weights(trainer.model):
             if accelerator.is_main_process:
-                description = _description(self.session)
-                save_last(
-                    self.folder.last,
-                    trainer.model,
-                    *description,
-                    state,
-                    reached,
-                    self.rows,
-                    self.origin,
-                )
+                last, info = self.folder.last, _info(self.session)
+                save_last(last, trainer.model, info, state, reached, self.rows, self.origin)
         accelerator.wait_for_everyone()
         self.progression = reached
         self.saved_at = time.monotonic()
@@ -428,8 +421,8 @@ def _recover_best(session: Session, folder: RunFolder, progression: Progression)
     return answer[0]
 
 
-def _description(session: Session) -> tuple[dict[str, Any], Preprocessing, tuple[str, ...]]:
-    return session.model_args, session.preprocessing, session.data.class_names
+def _info(session: Session) -> ModelInfo:
+    return ModelInfo(session.model_args, session.preprocessing, session.data.class_names)
 
 
 def _better(metrics: Metrics, progression: Progression) -> bool:
