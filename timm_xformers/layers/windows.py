@@ -64,8 +64,7 @@ def _cut(x: Tensor, axis: int, runs: list[Run], keys: bool) -> list[Tensor]:
     sides = [many * size for many, _, size, _, _ in runs]
     whole = [x] if len(runs) == 1 else x.split_with_sizes(sides, axis)
     for i, part in enumerate(whole):
-        shape = list(part.shape)
-        parts.append(part.reshape(shape[:axis] + [runs[i][0], -1] + shape[axis + 1 :]))
+        parts.append(torch.unflatten(part, axis, [runs[i][0], runs[i][2]]))
     return parts
 
 
@@ -85,7 +84,7 @@ def cut_map(x: Tensor, rows: list[Run], cols: list[Run], keys: bool) -> list[Ten
     for band in _cut(x, 1, rows, keys):
         for block in _cut(band, 3, cols, keys):
             B, nh, wh, nw, ww, H, D = block.shape
-            # A token's heads side by side, as a joint projection leaves them, are one piece to copy.
+            # A token's heads lie side by side in a joint projection: one piece to copy.
             block = block.transpose(2, 3).reshape(B * nh * nw, wh * ww, H, D)
             parts.append(block.transpose(1, 2))
     return parts
