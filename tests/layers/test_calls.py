@@ -49,8 +49,8 @@ def build(name, dim=32, num_heads=4, **kwargs):
     torch.manual_seed(0)
     settings = {"qk_norm": True, "scale_norm": True, "norm_layer": nn.LayerNorm, **kwargs}
     layer = attention_class(name)(dim, num_heads, qkv_bias=True, **settings)
-    if name.endswith("_shifted"):
-        layer.set_layout((8, 8), 1, depth=1)
+    if name.startswith("local"):
+        layer.set_layout((8, 8), 1, depth=int(name.endswith("_shifted")))
     return layer
 
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from timm_xformers.layers.linformer import (
     LinformerAttention,
+    fit_length,
     linformer_attention,
     resample_projection,
 )
@@ -119,7 +120,7 @@ def test_serves_any_length_until_told_one_then_only_that():
 @pytest.mark.parametrize("N", [64, 500])
 def test_sampled_projection_keeps_the_weight_of_each_slot(N):
     layer = LinformerAttention(16, 2, proj_len=8)
-    sampled = layer._fit(layer.proj_k, N)
+    sampled = fit_length(layer.proj_k, N)
     assert sampled.shape == (8, N)
     torch.testing.assert_close(sampled.sum(1), torch.ones(8), atol=2e-2, rtol=0)
 

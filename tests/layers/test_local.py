@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from timm_xformers.layers.local import (
     Local1dAttention,
     Local2dAttention,
-    guess_prefix,
     local_attention,
 )
 from timm_xformers.layers.windows import cut_map, cut_side, join_map
@@ -153,7 +152,7 @@ def test_every_token_asks_once_and_its_windows_are_joined_in_order(
     queries, keys = (cut_map(ids, rows, cols, mine) for mine in (False, neighbours))
     asked = torch.cat([q.flatten() for q in queries])
     assert torch.equal(asked.sort().values, ids.flatten())
-    assert torch.equal(join_map(queries, 2, rows, cols).flatten(), ids.flatten())
+    assert torch.equal(join_map(queries, rows, cols).flatten(), ids.flatten())
     for side, runs in zip(grid, (rows, cols), strict=True):
         assert len(runs) <= 4, "windows of one size, in the middle of a side, are one run"
         assert sum(many * size for many, _, size, _, _ in runs) == side
@@ -211,22 +210,18 @@ def test_class_token_sees_and_is_seen_by_all():
     assert ((layer(x) - layer(front)).abs().sum(-1)[0] > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("N", "prefix"), [(64, 0), (65, 1), (197, 1), (198, 2), (201, 5), (200, 4), (1, 0), (2, 1)]
-)
-def test_unset_layout_is_guessed_for_square_grids(N, prefix):
-    assert guess_prefix(N) == prefix
+@pytest.mark.parametrize("kind", [Local1dAttention, Local2dAttention])
+@pytest.mark.parametrize("N", [64, 65, 197, 225])
+def test_tokens_are_not_taken_for_a_square(kind, N):
+    with pytest.raises(ValueError, match=r"not been told where tokens lie.*set_token_layout"):
+        kind(16, 2)(torch.randn(1, N, 16))
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"129 tokens are not a square grid.*set_token_layout"):
-        Local2dAttention(16, 2)(torch.randn(1, 129, 16))
     layer = Local2dAttention(16, 2, window_size=4)
     layer.set_layout((8, 8), 1)
     with pytest.raises(ValueError, match=r"197 tokens do not fill a grid of 8 x 8 and 1 prefix"):
         layer(torch.randn(1, 197, 16))
-    with pytest.raises(ValueError, match="does not know which it is in"):
-        Local2dAttention(16, 2, neighbours=False, shifted=True)(torch.randn(1, 65, 16))
     with pytest.raises(ValueError, match="not both"):
         Local2dAttention(16, 2, neighbours=True, shifted=True)
     with pytest.raises(ValueError, match="window_size=0 must be at least 1"):

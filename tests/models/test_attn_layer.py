@@ -6,6 +6,7 @@ import torch
 
 import timm_xformers
 import timm_xformers.models
+from timm_xformers.layers.layout import complete_token_layout
 
 # One setting of each mechanism; every name is built in tests/layers.
 SETTINGS = [
@@ -31,7 +32,9 @@ FAMILIES = [
 def small(family, **kwargs):
     torch.manual_seed(0)
     narrow = {"embed_dim": 64, "num_heads": 4, "depth": 2, "num_classes": 10}
-    return timm.create_model(family, **{**narrow, **kwargs}).eval()
+    model = timm.create_model(family, **{**narrow, **kwargs}).eval()
+    complete_token_layout(model)
+    return model
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -89,7 +92,9 @@ def test_names_are_listed_by_pattern():
 
 
 def test_layout_reaches_layers_of_timms_models():
-    model = small("vit_tiny_patch16_224", attn_layer="local2d_w4", img_size=(64, 128))
+    model = timm.create_model(
+        "vit_tiny_patch16_224", attn_layer="local2d_w4", img_size=(64, 128), depth=2, num_classes=10
+    )
     x = torch.randn(1, 3, 64, 128)
     with pytest.raises(ValueError, match="set_token_layout"):
         model(x)

@@ -11,7 +11,6 @@ from timm_xformers.benchmarking.settings import BASELINE, UNFUSED, Contender, Po
 from timm_xformers.layers.factory import attention_class
 from timm_xformers.layers.heads import HeadsAttention
 from timm_xformers.layers.layout import NeedsLayout
-from timm_xformers.layers.local import guess_prefix
 from timm_xformers.training.build import build_model
 
 __all__ = ["build_contender", "square_grid"]
@@ -52,10 +51,13 @@ def square_grid(tokens: int) -> tuple[int, int]:
     """Side of a square grid and the tokens before it.
 
     Raises:
-        ValueError: No usual number of prefix tokens leaves a square.
+        ValueError: 0, 1, 2, 4 or 5 prefix tokens do not leave a square.
     """
-    prefix = guess_prefix(tokens)
-    return int((tokens - prefix) ** 0.5 + 0.5), prefix
+    for prefix in (0, 1, 2, 4, 5):
+        side = int((tokens - prefix) ** 0.5 + 0.5)
+        if side > 0 and side * side == tokens - prefix:
+            return side, prefix
+    raise ValueError(f"{tokens} tokens are not a square grid with 0, 1, 2, 4 or 5 prefix tokens.")
 
 
 def _layer(contender: Contender, point: Point) -> Any:

@@ -10,6 +10,7 @@ import copyreg
 import difflib
 import fnmatch
 import functools
+from collections.abc import Container
 from functools import partialmethod
 from typing import Any
 
@@ -151,6 +152,28 @@ class _AttentionTable(dict[str, type[nn.Module]]):
         return self[key]
 
 
+def _refuse_attn_layer(block: type[nn.Module], own: Container[str]) -> None:
+    """Make a block of timm's that takes ``attn_layer`` and ignores it say so.
+
+    Args:
+        block: Its attention is part of its own code.
+        own: timm's names of attention layers, which stay as they are.
+    """
+    init = block.__init__
+
+    @functools.wraps(init)
+    def checked(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        asked = kwargs.get("attn_layer")
+        if (isinstance(asked, str) and asked not in own) or hasattr(asked, "mechanism"):
+            raise ValueError(
+                f"{block.__name__} computes its attention itself, so attn_layer={asked!r} cannot "
+                "be honoured; use a model of timm's usual blocks, such as vit_tiny_patch16_224."
+            )
+        init(self, *args, **kwargs)
+
+    block.__init__ = checked  # type: ignore[method-assign]
+
+
 def register() -> None:
     """Put every named mechanism into timm's table; names that timm has are left alone."""
     from timm.models import vision_transformer
@@ -158,6 +181,9 @@ def register() -> None:
     table = vision_transformer.ATTN_LAYERS
     if isinstance(table, _AttentionTable):
         return
+    for name in ("ParallelScalingBlock", "DiffParallelScalingBlock"):
+        if hasattr(vision_transformer, name):  # the second is younger than timm 1.0.26
+            _refuse_attn_layer(getattr(vision_transformer, name), {*table})
     for name in ATTENTION:
         if name not in table:
             table[name] = attention_class(name)

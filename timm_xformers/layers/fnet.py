@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 __all__ = ["FNetMixing", "fnet_mixing"]
@@ -25,11 +26,27 @@ def fnet_mixing(x: Tensor) -> Tensor:
     Returns:
         (B, N, C) in the type of ``x``; half precision is transformed in float32.
     """
+    if x.numel() == 0:  # MKL has no transform of nothing
+        return x
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # One axis at a time: torch 2.5 cannot export fft2.
     channels: Tensor = torch.fft.fft(wide, dim=-1, norm="ortho")
     mixed: Tensor = torch.fft.fft(channels, dim=-2, norm="ortho").real
     return mixed.to(x.dtype)
+
+
+def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise where tokens are to be hidden: a Fourier transform reaches every one."""
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "fnet mixes every token with every other and cannot apply attn_mask or is_causal; "
+            "use another mechanism."
+        )
+
+
+# Their control flow is none of the graph's business: torch.fx calls them as they are.
+torch.fx.wrap("fnet_mixing")
+torch.fx.wrap("refuse_masks")
 
 
 class FNetMixing(nn.Module):
@@ -88,11 +105,7 @@ class FNetMixing(nn.Module):
         Raises:
             ValueError: A mask is given; a Fourier transform reaches every token.
         """
-        if attn_mask is not None or is_causal:
-            raise ValueError(
-                "fnet mixes every token with every other and cannot apply attn_mask or is_causal; "
-                "use another mechanism."
-            )
+        refuse_masks(attn_mask, is_causal)
         out: Tensor = self.proj_drop(fnet_mixing(x))
         return out
 

@@ -16,6 +16,8 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_xformers.layers.masks import check_kind
+
 __all__ = [
     "HeadsAttention",
     "attend",
@@ -93,11 +95,13 @@ def attention_map(
 
 def _open_rows(attn_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The mask with rows that hide every key opened, and the rows (..., N, 1) that do not."""
+    check_kind(attn_mask)
     if attn_mask.dtype == torch.bool:
         alive = attn_mask.any(dim=-1, keepdim=True)
         return attn_mask | ~alive, alive
-    alive = (attn_mask > float("-inf")).any(dim=-1, keepdim=True)
-    return attn_mask.masked_fill(~alive, 0.0).to(dtype), alive
+    bias = attn_mask.to(dtype)  # first: -1e9 is -inf in float16
+    alive = (bias > float("-inf")).any(dim=-1, keepdim=True)
+    return bias.masked_fill(~alive, 0.0), alive
 
 
 def attend(

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-__all__ = ["NeedsLayout", "set_token_layout"]
+__all__ = ["NeedsLayout", "complete_token_layout", "set_token_layout"]
 
 
 @runtime_checkable
@@ -33,7 +33,8 @@ def set_token_layout(model: nn.Module) -> int:
         The number of layers told.
 
     Raises:
-        ValueError: The model has no token grid.
+        ValueError: The model has no token grid, or takes images of any size
+            (``dynamic_img_size=True``) with a mechanism that is built for one grid.
     """
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     prefix = getattr(model, "num_prefix_tokens", None)
@@ -43,6 +44,35 @@ def set_token_layout(model: nn.Module) -> int:
             "token layout from; call set_layout(grid_size, num_prefix_tokens) on its layers."
         )
     layers = [m for m in model.modules() if isinstance(m, NeedsLayout)]
+    if getattr(model, "dynamic_img_size", False):
+        for layer in layers:
+            if getattr(layer, "needs_fixed_grid", False):
+                raise ValueError(
+                    f"{getattr(layer, 'mechanism', 'this')} attention is built for one grid of "
+                    "tokens, so dynamic_img_size=True cannot be honoured; build with img_size=..."
+                )
     for depth, layer in enumerate(layers):
         layer.set_layout((int(grid[0]), int(grid[1])), int(prefix), depth)
     return len(layers)
+
+
+def complete_token_layout(model: nn.Module) -> int:
+    """Call `set_token_layout` if a layer cannot run without and nobody has told it yet.
+
+    For code that builds any model by name, such as our trainer. Layers that only profit from a
+    layout are left as they are, since it decides the shape of their weights.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The number of layers told.
+
+    Raises:
+        ValueError: As `set_token_layout`.
+    """
+    waiting = any(
+        getattr(layer, "needs_layout", False) and getattr(layer, "grid_size", None) is None
+        for layer in model.modules()
+    )
+    return set_token_layout(model) if waiting else 0

@@ -14,14 +14,18 @@ Departures from the authors' code, each pinned by a test:
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_xformers.layers.heads import HeadsAttention, attend
-from timm_xformers.layers.masks import key_padding, refuse_causal
+from timm_xformers.layers.masks import kept_keys, refuse_causal
 
 __all__ = ["LinformerAttention", "linformer_attention", "resample_projection"]
+
+# Where a projection is held before the number of tokens is known.
+POINTS = 256
 
 
 def linformer_attention(
@@ -41,22 +45,23 @@ def linformer_attention(
         v: Values (B, H or 1, S, E).
         proj_k: E (k, S).
         proj_v: F (k, S).
-        attn_mask: None, or (B, 1, 1, S): bool (True = attend) or additive (read as kept or left
-            out). A query without any key gives zeros.
+        attn_mask: None, or (B, 1, 1, S): bool (True = attend) or additive with one value for keys
+            that count and one at least 80 lower for others. A query without any key gives zeros.
         dropout_p: Dropout probability on the (N, k) map.
 
     Returns:
         (B, H, N, E).
 
     Raises:
-        ValueError: ``attn_mask`` differs between queries, or the projections fit another length.
+        ValueError: ``attn_mask`` differs between queries or weighs keys that count, or the
+            projections fit another length.
     """
     if proj_k.shape[1] != k.shape[-2]:
         raise ValueError(
             f"The Linformer projection is for {proj_k.shape[1]} tokens and got {k.shape[-2]}; use "
             "that many, or change the model with set_input_size()."
         )
-    keep = key_padding(attn_mask, "linformer")
+    keep = kept_keys(attn_mask, "linformer")
     slots: Tensor | None = None
     if keep is not None:
         weight = keep.to(k.dtype)
@@ -71,7 +76,7 @@ def linformer_attention(
 def _project(proj: Tensor, x: Tensor) -> Tensor:
     """Keys or values (B, H, S, D) times (k, S): (B, H, k, D), all heads in one product."""
     B, H, S, D = x.shape
-    tokens = x.transpose(1, 2).reshape(B, S, H * D)  # a view of what a joint projection gives
+    tokens = x.transpose(1, 2).reshape(-1, S, H * D)  # a view of what a joint projection gives
     short = torch.bmm(proj.to(x.dtype).expand(B, -1, -1), tokens)
     return torch.unflatten(short, -1, [H, D]).transpose(1, 2)
 
@@ -101,11 +106,43 @@ def resample_projection(
     return torch.cat([columns[:, :num_prefix_tokens], columns[:, num_prefix_tokens:] * ratio], 1)
 
 
+def fit_length(proj: Tensor, length: int) -> Tensor:
+    """Sample a projection (k, points) at another number of tokens: (k, length).
+
+    Each slot keeps its total weight.
+    """
+    points = proj.shape[1]
+    if points == length:
+        return proj
+    mode = "linear" if length > points else "area"
+    sampled = F.interpolate(proj.unsqueeze(0), size=length, mode=mode)[0]
+    return sampled * (points / length)
+
+
+def slot_means(proj_len: int, length: int) -> Tensor:
+    """Means of consecutive tokens, (proj_len, length) in float64: how projections start."""
+    # Slot i covers [i, i + 1) * length / k; a token on a border counts to both in proportion.
+    edges = torch.linspace(0, length, proj_len + 1, dtype=torch.float64, device="cpu")
+    start = torch.arange(length, dtype=torch.float64, device="cpu")
+    upper = torch.minimum(edges[1:, None], start + 1)
+    lower = torch.maximum(edges[:-1, None], start)
+    overlap = (upper - lower).clamp_min(0)
+    means: Tensor = overlap / overlap.sum(dim=1, keepdim=True)
+    return means
+
+
+# Shapes decide what is computed, which torch.fx cannot follow: it calls these as they are.
+torch.fx.wrap("fit_length")
+torch.fx.wrap("linformer_attention")
+torch.fx.wrap("refuse_causal")
+
+
 class LinformerAttention(HeadsAttention):
     """Multi-head Linformer attention on tokens (B, N, C).
 
     Until `set_layout` tells the number of tokens, the projection is a function on [0, 1] held at
-    256 points and sampled at as many as come; from then on it fits that number only.
+    256 points and sampled at as many as come; from then on it fits that number only. Checkpoints of
+    either kind load into either.
 
     Args:
         dim: Token width C.
@@ -148,21 +185,14 @@ class LinformerAttention(HeadsAttention):
         self.parts = [self.attn_dim, kv_dim] + ([] if share_kv else [kv_dim])
         if one_kv_head or share_kv:
             self.qkv = nn.Linear(dim, sum(self.parts), bias=self.qkv.bias is not None, **dd)
-        self.proj_k = nn.Parameter(torch.empty(proj_len, 256, **dd))
-        self.proj_v = None if share_kv else nn.Parameter(torch.empty(proj_len, 256, **dd))
+        self.proj_k = nn.Parameter(torch.empty(proj_len, POINTS, **dd))
+        self.proj_v = None if share_kv else nn.Parameter(torch.empty(proj_len, POINTS, **dd))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the projections to means of consecutive tokens."""
-        length = self.proj_k.shape[1]
-        # Slot i covers [i, i + 1) * length / k; a token on a border counts to both in proportion.
-        edges = torch.linspace(0, length, self.proj_len + 1, dtype=torch.float64, device="cpu")
-        start = torch.arange(length, dtype=torch.float64, device="cpu")
-        upper = torch.minimum(edges[1:, None], start + 1)
-        lower = torch.maximum(edges[:-1, None], start)
-        overlap = (upper - lower).clamp_min(0)
-        means = overlap / overlap.sum(dim=1, keepdim=True)
+        means = slot_means(self.proj_len, self.proj_k.shape[1])
         self.proj_k.copy_(means)
         if self.proj_v is not None:
             self.proj_v.copy_(means)
@@ -170,7 +200,7 @@ class LinformerAttention(HeadsAttention):
     def set_layout(
         self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
     ) -> None:
-        """Fix the number of tokens; a projection that had one already is interpolated.
+        """Fix the number of tokens; what was trained or loaded before is interpolated.
 
         Args:
             grid_size: Rows and columns of the token grid.
@@ -179,20 +209,45 @@ class LinformerAttention(HeadsAttention):
         """
         if (grid_size, num_prefix_tokens) == (self.grid_size, self.num_prefix_tokens):
             return
-        with torch.no_grad():
-            for name in ("proj_k", "proj_v"):
-                old = getattr(self, name)
-                if old is None:
-                    continue
-                if self.grid_size is None:
-                    length = num_prefix_tokens + grid_size[0] * grid_size[1]
-                    new = old.new_empty(self.proj_len, length)
-                else:
+        length = num_prefix_tokens + grid_size[0] * grid_size[1]
+        for name in ("proj_k", "proj_v"):
+            old: Tensor | None = getattr(self, name)
+            if old is None:
+                continue
+            with torch.no_grad():
+                if self.grid_size is not None:
                     new = resample_projection(old, grid_size, self.grid_size, num_prefix_tokens)
-                setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
-        if self.grid_size is None:
-            self.reset_parameters()
+                elif self._is_initial(old):
+                    new = slot_means(self.proj_len, length)
+                else:
+                    new = fit_length(old, length)
+            self._set_projection(name, new)
         self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
+
+    def _is_initial(self, proj: Tensor) -> bool:
+        """Whether nobody has trained or loaded this projection yet."""
+        means = slot_means(self.proj_len, proj.shape[1])
+        return proj.is_meta or torch.equal(proj, means.to(proj))
+
+    def _set_projection(self, name: str, value: Tensor) -> None:
+        old: nn.Parameter = getattr(self, name)
+        value = value.to(device=old.device, dtype=old.dtype)
+        setattr(self, name, nn.Parameter(value.clone(), requires_grad=old.requires_grad))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in ("proj_k", "proj_v"):
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if given is None or own is None or given.shape == own.shape:
+                continue
+            if given.shape[0] != own.shape[0]:
+                continue  # another proj_len, which fails as usual
+            if self.grid_size is None:  # take the length that comes
+                self._set_projection(name, torch.empty_like(given, device=own.device))
+            elif given.shape[1] == POINTS:  # a function, sampled as it would be in each forward
+                state_dict[prefix + name] = fit_length(given, own.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) to queries (B, H, N, D), keys and values (B, H or 1, N, D)."""
@@ -205,25 +260,25 @@ class LinformerAttention(HeadsAttention):
         v = heads[2].reshape(B, N, self.kv_heads, self.head_dim).transpose(1, 2)
         return q, k, v
 
-    def _fit(self, proj: Tensor, length: int) -> Tensor:
-        """Projection (k, N) for the tokens at hand."""
-        points = proj.shape[1]
-        if self.grid_size is not None or points == length:
-            return proj
-        mode = "linear" if length > points else "area"
-        sampled = F.interpolate(proj.unsqueeze(0), size=length, mode=mode)[0]
-        return sampled * (points / length)
-
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Linformer attention per head, (B, H, N, D)."""
         refuse_causal(is_causal, "linformer")
-        proj_k = self._fit(self.proj_k, k.shape[-2])
-        proj_v = proj_k if self.proj_v is None else self._fit(self.proj_v, k.shape[-2])
+        proj_k: Tensor = self.proj_k
+        proj_v: Tensor | None = self.proj_v
+        if self.grid_size is None:
+            proj_k = fit_length(proj_k, k.shape[-2])
+            proj_v = None if proj_v is None else fit_length(proj_v, k.shape[-2])
         dropout_p = self.attn_drop.p if self.training else 0.0
         return linformer_attention(
-            q, k, v, proj_k, proj_v, attn_mask=attn_mask, dropout_p=dropout_p
+            q,
+            k,
+            v,
+            proj_k,
+            proj_k if proj_v is None else proj_v,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
         )
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ registers) stand outside the grid: they attend to every token and every window a
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from timm_xformers.layers.heads import HeadsAttention, attend
@@ -98,7 +99,7 @@ def local_attention(
         keys = take(k, k_ids[i]) if shared else ks[i]
         values = take(v, k_ids[i]) if shared else vs[i]
         qs[i] = attend(qs[i], keys, values, mask, dropout_p)
-    x = join_map(qs, B, row_runs, col_runs).reshape(B, N - P, H, v.shape[-1]).transpose(1, 2)
+    x = join_map(qs, row_runs, col_runs).reshape(-1, N - P, H, v.shape[-1]).transpose(1, 2)
     if P == 0:
         return x
     front: Tensor | None = None
@@ -111,39 +112,28 @@ def local_attention(
 
 def _grid(x: Tensor, num_prefix_tokens: int, grid_size: tuple[int, int]) -> Tensor:
     """Tokens (B, H, N, D) behind the prefix as a map (B, rows, columns, H, D)."""
-    B, H, _, D = x.shape
+    H, D = x.shape[1], x.shape[3]
     tokens = x.transpose(1, 2)[:, num_prefix_tokens:]
-    return tokens.reshape(B, grid_size[0], grid_size[1], H, D)
+    # -1 for the batch: TorchScript's ONNX exporter would write its size into the file.
+    return tokens.reshape(-1, grid_size[0], grid_size[1], H, D)
 
 
-def guess_prefix(num_tokens: int) -> int:
-    """Prefix tokens of a sequence whose grid is square: class token, distillation, registers.
-
-    Raises:
-        ValueError: No usual number of prefix tokens leaves a square.
-    """
-    for prefix in (0, 1, 2, 4, 5):
-        side = int((num_tokens - prefix) ** 0.5 + 0.5)
-        if side > 0 and side * side == num_tokens - prefix:
-            return prefix
-    raise ValueError(
-        f"{num_tokens} tokens are not a square grid with 0, 1, 2, 4 or 5 prefix tokens; tell the "
-        "layers the grid with timm_xformers.set_token_layout(model)."
-    )
+# Shapes decide what is computed, which torch.fx cannot follow: it calls this as it is.
+torch.fx.wrap("local_attention")
 
 
 class Local2dAttention(HeadsAttention):
     """Multi-head attention in windows of the token grid, on tokens (B, N, C).
 
-    Until `set_layout` tells the grid, it is taken to be square, with 0, 1, 2, 4 or 5 prefix tokens.
+    `set_layout` must tell the grid first: 225 tokens are 15 rows of 15, or 14 rows of 16 and a
+    class token. Models of this package do it; for others call `timm_xformers.set_token_layout`.
 
     Args:
         dim: Token width C.
         num_heads: Number of heads H.
         window_size: Side w of the square windows.
         neighbours: Let a window attend to the eight around it.
-        shifted: Move the windows of every second block by w // 2 instead, as Swin does; needs
-            `set_layout`, which tells the block's index.
+        shifted: Move the windows of every second block by w // 2 instead, as Swin does.
         **kwargs: Arguments of `HeadsAttention`.
 
     Raises:
@@ -153,6 +143,7 @@ class Local2dAttention(HeadsAttention):
 
     mechanism = "local2d"
     needs_fixed_grid = True
+    needs_layout = True
 
     def __init__(
         self,
@@ -189,13 +180,15 @@ class Local2dAttention(HeadsAttention):
         self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
         self.shift = self.window_size // 2 if self.shifted and depth % 2 else 0
 
-    def _guess_prefix(self, num_tokens: int) -> int:
-        if self.shifted:
+    def _told(self) -> tuple[int, int]:
+        grid = self.grid_size
+        if grid is None:
             raise ValueError(
-                "Shifted windows move in every second block, and this layer does not know which "
-                "it is in; call timm_xformers.set_token_layout(model)."
+                f"{self.mechanism} attention has not been told where tokens lie; call "
+                "timm_xformers.set_token_layout(model) once, or set_layout(grid_size, "
+                "num_prefix_tokens, depth) on each layer."
             )
-        return guess_prefix(num_tokens)
+        return grid
 
     def arrange(
         self, num_tokens: int
@@ -203,19 +196,10 @@ class Local2dAttention(HeadsAttention):
         """Grid, window, shift and prefix tokens of so many tokens; `Local1dAttention` has others.
 
         Raises:
-            ValueError: No layout is set and the tokens are not a square grid.
+            ValueError: No layout is set.
         """
-        grid, prefix = self.grid_size, self.num_prefix_tokens
-        if grid is None:
-            prefix = self._guess_prefix(num_tokens)
-            side = int((num_tokens - prefix) ** 0.5 + 0.5)
-            grid = (side, side)
-        # A shift of windows that cover a whole side would only tear it apart.
-        shift = (
-            self.shift if self.window_size < grid[0] else 0,
-            self.shift if self.window_size < grid[1] else 0,
-        )
-        return grid, (self.window_size, self.window_size), shift, prefix
+        window, shift = self.window_size, self.shift
+        return self._told(), (window, window), (shift, shift), self.num_prefix_tokens
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
@@ -258,9 +242,6 @@ class Local1dAttention(Local2dAttention):
         self, num_tokens: int
     ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
         """A grid of one row."""
+        self._told()
         prefix = self.num_prefix_tokens
-        if self.grid_size is None:
-            prefix = self._guess_prefix(num_tokens)
-        length = num_tokens - prefix
-        shift = self.shift if self.window_size < length else 0
-        return (1, length), (1, self.window_size), (0, shift), prefix
+        return (1, num_tokens - prefix), (1, self.window_size), (0, self.shift), prefix

@@ -11,11 +11,14 @@ Departures from the authors' code, each pinned by a test:
 - When l does not divide N, segments differ by one token; nothing is padded, so no zeros take part
   in the softmax.
 - With no more tokens than landmarks the result is exact attention, computed directly.
+- A bias per key, which the paper does not have, is one more element of each key: a landmark is the
+  mean of its keys and of their biases, weighted by softmax of the biases within the segment.
 """
 
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +28,7 @@ from timm_xformers.layers.heads import (
     autocasts,
     working_dtype,
 )
-from timm_xformers.layers.masks import key_padding, refuse_causal
+from timm_xformers.layers.masks import clear_left_out, refuse_causal, relative_bias
 
 __all__ = [
     "HeadConv",
@@ -66,8 +69,8 @@ def iterative_pinv(a: Tensor, num_steps: int) -> Tensor:
     Returns:
         (..., l, l).
     """
-    shape = a.shape
-    a = a.reshape(-1, shape[-2], shape[-1])
+    given = a
+    a = a.reshape(-1, a.shape[-2], a.shape[-1])
     # |A|_1 * |A|_inf per matrix; the second is 1, because A's rows are probabilities.
     z = a.transpose(-2, -1) / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)
     # z (13 I - az (15 I - az (7 I - az))) / 4 with each bracket multiplied out, so that one kernel
@@ -77,19 +80,19 @@ def iterative_pinv(a: Tensor, num_steps: int) -> Tensor:
         inner = torch.baddbmm(az, az, az, beta=7.0, alpha=-1.0)
         outer = torch.baddbmm(az, az, inner, beta=15.0, alpha=-1.0)
         z = torch.baddbmm(z, z, outer, beta=3.25, alpha=-0.25)
-    return z.reshape(shape)
+    return z.reshape_as(given)  # TorchScript's exporter would write the shape into the file
 
 
 def _nystrom(
-    q: Tensor, k: Tensor, v: Tensor, num_landmarks: int, pinv_steps: int, keep: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, num_landmarks: int, pinv_steps: int, bias: Tensor | None
 ) -> Tensor:
     if k.shape[-2] <= num_landmarks:
-        return attend(q, k, v, None if keep is None else keep.transpose(-2, -1))
+        return attend(q, k, v, None if bias is None else bias.transpose(-2, -1))
     dtype = working_dtype(q.dtype, wide=False)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     exact = torch.promote_types(dtype, torch.float32)
     scale = q.shape[-1] ** -0.5
-    if keep is None:
+    if bias is None:
         q_marks, k_marks = segment_means(q, num_landmarks), segment_means(k, num_landmarks)
         scores = (q_marks.to(exact) @ k_marks.to(exact).transpose(-2, -1)) * scale
         inverse = iterative_pinv(scores.softmax(dim=-1), pinv_steps)  # (B, H, l, l)
@@ -97,20 +100,22 @@ def _nystrom(
         return attend(q, k_marks, context.to(dtype))
     # Left-out tokens take no part in a landmark; a landmark of none takes no part at all: it is
     # hidden from queries, and a row of the identity keeps the inverse block-diagonal.
-    weight = keep.to(dtype)
+    weight = bias.exp().to(dtype)
     share = segment_means(weight, num_landmarks)  # (..., l, 1)
     filled = share > 0
-    share = share.clamp_min(1e-6)
+    share = share.clamp_min(1e-37)
     q_marks = segment_means(q * weight, num_landmarks) / share
     k_marks = segment_means(k * weight, num_landmarks) / share
-    scores = (q_marks.to(exact) @ k_marks.to(exact).transpose(-2, -1)) * scale
-    eye = torch.eye(num_landmarks, dtype=exact, device=q.device)
-    columns = filled.transpose(-2, -1)
+    finite = bias.masked_fill(bias == float("-inf"), 0.0)
+    mark_bias = segment_means(weight * finite.to(dtype), num_landmarks) / share
+    columns = mark_bias.masked_fill(~filled, float("-inf")).transpose(-2, -1)  # (..., 1, l)
     # One column stays open where all are empty, to keep the softmax of such an image finite.
-    marks = scores.masked_fill(~(columns | ~columns.any(dim=-1, keepdim=True)), float("-inf"))
-    marks = torch.where(filled, marks.softmax(dim=-1), eye)
+    opened = columns.masked_fill(~filled.any(dim=-2, keepdim=True), 0.0)
+    scores = (q_marks.to(exact) @ k_marks.to(exact).transpose(-2, -1)) * scale + opened.to(exact)
+    eye = torch.eye(num_landmarks, dtype=exact, device=q.device)
+    marks = torch.where(filled, scores.softmax(dim=-1), eye)
     inverse = iterative_pinv(marks, pinv_steps)
-    context = inverse @ attend(q_marks, k, v, keep.transpose(-2, -1)).to(exact)
+    context = inverse @ attend(q_marks, k, v, bias.transpose(-2, -1)).to(exact)
     return attend(q, k_marks, context.to(dtype), columns)
 
 
@@ -130,8 +135,8 @@ def nystrom_attention(
         v: Values (B, H, N, E).
         num_landmarks: l, means of consecutive tokens. l >= N gives exact attention.
         pinv_steps: Steps of `iterative_pinv`.
-        attn_mask: None, or (B, 1, 1, N): bool (True = attend) or additive (read as kept or left
-            out). A query without any key gives zeros.
+        attn_mask: None, or (B, 1, 1, N): bool (True = attend) or an additive bias per key; 80 below
+            the highest is left out. A query without any key gives zeros.
 
     Returns:
         (B, H, N, E) in the type of ``v``. The inverse is float32 at least.
@@ -139,14 +144,14 @@ def nystrom_attention(
     Raises:
         ValueError: ``attn_mask`` differs between queries.
     """
-    keep = key_padding(attn_mask, "nystrom")
+    bias = relative_bias(attn_mask, "nystrom", torch.promote_types(q.dtype, torch.float32))
     if torch.jit.is_scripting():
-        x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
+        x = _nystrom(q, k, v, num_landmarks, pinv_steps, bias)
     elif autocasts(q.device.type):  # it would run the inverse in half precision
         with torch.autocast(q.device.type, enabled=False):
-            x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
+            x = _nystrom(q, k, v, num_landmarks, pinv_steps, bias)
     else:
-        x = _nystrom(q, k, v, num_landmarks, pinv_steps, keep)
+        x = _nystrom(q, k, v, num_landmarks, pinv_steps, bias)
     return x.to(v.dtype)
 
 
@@ -184,14 +189,20 @@ class HeadConv(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """Convolve values (B, H, N, D) along N."""
-        B, H, N, D = v.shape
+        H, D = v.shape[1], v.shape[3]
         # One channel per (head, element), tokens in rows: what comes from a joint projection is
         # laid out (B, N, H, D), so this view is channels-last, six times faster than (N, 1) filters
         # over (N, D) maps.
-        x = v.permute(0, 1, 3, 2).reshape(B, H * D, N, 1)
+        x = v.transpose(2, 3).flatten(1, 2).unsqueeze(3)
         weight = self.weight.to(v.dtype).repeat_interleave(D, dim=0)
         x = F.conv2d(x, weight, padding=(self.weight.shape[2] // 2, 0), groups=H * D)
-        return x.reshape(B, H, D, N).permute(0, 1, 3, 2)
+        return torch.unflatten(x.squeeze(3), 1, [H, D]).transpose(2, 3)
+
+
+# Shapes decide what is computed, which torch.fx cannot follow: it calls these as they are.
+torch.fx.wrap("clear_left_out")
+torch.fx.wrap("nystrom_attention")
+torch.fx.wrap("refuse_causal")
 
 
 class NystromAttention(HeadsAttention):
@@ -257,8 +268,7 @@ class NystromAttention(HeadsAttention):
             attn_mask=attn_mask,
         )
         if self.conv is not None:
-            keep = key_padding(attn_mask, "nystrom")
-            x = x + self.conv(v if keep is None else v * keep.to(v.dtype))
+            x = x + self.conv(clear_left_out(v, attn_mask, "nystrom"))
         return x
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ head turns with the row, half with the column.
 """
 
 import torch
-from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
+from timm.layers import RotaryEmbeddingCat
 from torch import Tensor, nn
 
 __all__ = ["RotaryPositions"]
@@ -53,5 +53,8 @@ class RotaryPositions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Queries or keys (B, H, N, D) to the same shape and type."""
         prefix, grid = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
-        turned = apply_rot_embed_cat(grid, self.embed.get_embed())
+        sine, cosine = self.embed.get_embed().chunk(2, dim=-1)
+        # timm's function would write the batch size into files of TorchScript's ONNX exporter.
+        crossed = torch.stack([-grid[..., 1::2], grid[..., ::2]], dim=-1).flatten(-2)
+        turned = grid * cosine + crossed * sine
         return torch.cat([prefix, turned.to(x.dtype)], dim=2)

@@ -5,6 +5,7 @@ N^2 * D per head; memory as N * D with PyTorch's fused kernels.
 """
 
 import torch
+import torch.fx
 from timm.layers import use_fused_attn
 from torch import Tensor
 
@@ -36,6 +37,11 @@ def softmax_attention(
         (B, H, N, E).
     """
     return attend(q, k, v, attn_mask, dropout_p, is_causal)
+
+
+# Masks decide what is computed, which torch.fx cannot follow: it calls these as they are.
+torch.fx.wrap("attend")
+torch.fx.wrap("attention_map")
 
 
 class SoftmaxAttention(HeadsAttention):

@@ -57,8 +57,9 @@ def _cut(x: Tensor, axis: int, runs: list[Run], keys: bool) -> list[Tensor]:
     parts: list[Tensor] = []
     if keys:
         for many, _, size, first, num_keys in runs:
-            span = x.narrow(axis, first, (many - 1) * size + num_keys)
-            parts.append(span.unfold(axis, num_keys, size).movedim(-1, axis + 1))
+            steps = torch.arange(many, device=x.device).unsqueeze(1) * size + first
+            places = (steps + torch.arange(num_keys, device=x.device)).flatten()
+            parts.append(torch.unflatten(x.index_select(axis, places), axis, [many, num_keys]))
         return parts
     # The gradient of a split is one copy, that of slices a sum of whole maps.
     sides = [many * size for many, _, size, _, _ in runs]
@@ -83,19 +84,18 @@ def cut_map(x: Tensor, rows: list[Run], cols: list[Run], keys: bool) -> list[Ten
     parts: list[Tensor] = []
     for band in _cut(x, 1, rows, keys):
         for block in _cut(band, 3, cols, keys):
-            B, nh, wh, nw, ww, H, D = block.shape
+            wh, ww, H, D = block.shape[2], block.shape[4], block.shape[5], block.shape[6]
             # A token's heads lie side by side in a joint projection: one piece to copy.
-            block = block.transpose(2, 3).reshape(B * nh * nw, wh * ww, H, D)
+            block = block.transpose(2, 3).reshape(-1, wh * ww, H, D)
             parts.append(block.transpose(1, 2))
     return parts
 
 
-def join_map(parts: list[Tensor], num_maps: int, rows: list[Run], cols: list[Run]) -> Tensor:
+def join_map(parts: list[Tensor], rows: list[Run], cols: list[Run]) -> Tensor:
     """Undo `cut_map` for queries.
 
     Args:
         parts: (B * windows, H, tokens, D) per pair of runs.
-        num_maps: B.
         rows: As in `cut_map`.
         cols: As in `cut_map`.
 
@@ -108,18 +108,17 @@ def join_map(parts: list[Tensor], num_maps: int, rows: list[Run], cols: list[Run
         for j, (nw, _, ww, _, _) in enumerate(cols):
             part = parts[i * len(cols) + j].transpose(1, 2)
             H, D = part.shape[2], part.shape[3]
-            block = part.reshape(num_maps, nh, nw, wh, ww, H, D).transpose(2, 3)
-            blocks.append(block.reshape(num_maps, nh * wh, nw * ww, H, D))
+            block = part.reshape(-1, nh, nw, wh, ww, H, D).transpose(2, 3)
+            blocks.append(block.reshape(-1, nh * wh, nw * ww, H, D))
         bands.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2))
     return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
 
 
 def take(x: Tensor, ids: Tensor) -> Tensor:
     """Tokens (B, H, N, D) by their numbers (n, w): (B * n, H, w, D)."""
-    n, w = ids.shape
-    B, H, _, D = x.shape
+    H, D = x.shape[1], x.shape[3]
     taken = x.transpose(1, 2).index_select(1, ids.flatten())
-    return taken.reshape(B * n, w, H, D).transpose(1, 2)
+    return taken.reshape(-1, ids.shape[1], H, D).transpose(1, 2)
 
 
 def pick_pairs(

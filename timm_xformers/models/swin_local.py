@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import calculate_drop_path_rates, register_notrace_module, to_2tuple
 from timm.models.swin_transformer import (
     SwinTransformer,
@@ -105,10 +106,23 @@ class GridWindowBlock(SwinTransformerBlock):
 
     def _attn(self, x: Tensor) -> Tensor:
         _, H, W, C = x.shape
+        # timm's attention cannot reshape nothing. (Sizes in a graph of torch.fx are symbols.)
+        images: Any = x
+        if torch.jit.is_scripting():
+            if x.shape[0] == 0:
+                return x
+        elif not isinstance(images, torch.fx.Proxy) and x.shape[0] == 0:
+            return x
         mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
         windows = partition(x, self.window_size, self.shift_size, 0.0)  # (B, nh, nw, w, C)
         mixed = self.attn(windows.reshape(-1, self.window_area, C), mask)
         return merge(mixed.reshape(windows.shape), (H, W), self.window_size, self.shift_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to the same; timm's own cannot reshape an empty batch."""
+        x = x + self.drop_path1(self._attn(self.norm1(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
 
 
 class FlatWindowBlock(GridWindowBlock):
@@ -153,12 +167,12 @@ class FlatWindowBlock(GridWindowBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to the same."""
         B, H, W, C = x.shape
-        x = x.reshape(B, 1, H * W, C)
-        x = x + self.drop_path1(self._attn(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x.reshape(B, H, W, C)
+        return super().forward(x.reshape(B, 1, H * W, C)).reshape(B, H, W, C)
 
 
+# Sizes decide what is padded, which torch.fx cannot follow: it calls these as they are.
+torch.fx.wrap("merge")
+torch.fx.wrap("partition")
 register_notrace_module(GridWindowBlock)  # sizes of windows decide what is padded
 register_notrace_module(FlatWindowBlock)
 

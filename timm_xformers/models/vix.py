@@ -168,31 +168,31 @@ def vix_softmax(pretrained: bool = False, **kwargs: Any) -> ViX:
 
 @register_model
 def vix_performer_softmax_m16(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with exact attention through positive random features (FAVOR+), 16 features."""
+    """ViX with softmax attention estimated from positive random features (FAVOR+), 16 features."""
     return _vix("vix_performer_softmax_m16", "performer_softmax_m16", pretrained, **kwargs)
 
 
 @register_model
 def vix_performer_softmax_m32(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with exact attention through positive random features (FAVOR+), 32 features."""
+    """ViX with softmax attention estimated from positive random features (FAVOR+), 32 features."""
     return _vix("vix_performer_softmax_m32", "performer_softmax_m32", pretrained, **kwargs)
 
 
 @register_model
 def vix_performer_softmax_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with exact attention through positive random features (FAVOR+), 64 features."""
+    """ViX with softmax attention estimated from positive random features (FAVOR+), 64 features."""
     return _vix("vix_performer_softmax_m64", "performer_softmax_m64", pretrained, **kwargs)
 
 
 @register_model
 def vix_performer_softmax_m128(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with exact attention through positive random features (FAVOR+), 128 features."""
+    """ViX with softmax attention estimated from positive random features (FAVOR+), 128 features."""
     return _vix("vix_performer_softmax_m128", "performer_softmax_m128", pretrained, **kwargs)
 
 
 @register_model
 def vix_performer_softmax_m256(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with exact attention through positive random features (FAVOR+), 256 features."""
+    """ViX with softmax attention estimated from positive random features (FAVOR+), 256 features."""
     return _vix("vix_performer_softmax_m256", "performer_softmax_m256", pretrained, **kwargs)
 
 

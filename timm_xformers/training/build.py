@@ -11,6 +11,7 @@ from torch import nn
 
 from timm_xformers.errors import UsageError, UserError, nearest
 from timm_xformers.files.atomic import MANIFEST_FILE, find_damage
+from timm_xformers.layers.layout import complete_token_layout
 
 __all__ = ["build_model", "check_input"]
 
@@ -64,6 +65,7 @@ def build_model(
             model = timm.create_model(
                 name, pretrained=pretrained, checkpoint_path=path, **arguments
             )
+        complete_token_layout(model)  # windows in timm's models
     except SafetensorError as error:
         raise UserError(
             f"The weights of {name} are cut off or damaged ({_one_line(error)}); bring them again."

@@ -18,6 +18,7 @@ Departures from the paper's code, each pinned by a test:
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -185,6 +186,10 @@ def performer_form(
     if unmasked and cpu_blocks.pays(q, projection.shape[0], exponential):
         return "cpu_blocks"
     return "plain"
+
+
+# Sizes and masks decide what is computed, which torch.fx cannot follow: it calls this as it is.
+torch.fx.wrap("performer_attention")
 
 
 class PerformerAttention(HeadsAttention):
