@@ -13,10 +13,6 @@ __all__ = [
     "relative_bias",
 ]
 
-# A key whose bias lies so far below the highest is left out: e^-80 is nothing beside 1. The usual
-# words for "never", -100, -1e4, -1e9 and a type's lowest number, all do.
-NEVER = -80.0
-
 
 def check_kind(attn_mask: Tensor) -> None:
     """Raise where a mask is neither bool nor floating point, so that nobody knows what it means."""
@@ -85,7 +81,7 @@ def relative_bias(attn_mask: Tensor | None, mechanism: str, dtype: torch.dtype) 
         dtype: Floating type of the result.
 
     Returns:
-        None or (..., S, 1): values above `NEVER`, -inf where a key is left out.
+        None or (..., S, 1): -inf where a key is left out or lies 80 below the highest.
 
     Raises:
         ValueError: As `key_padding`.
@@ -98,7 +94,9 @@ def relative_bias(attn_mask: Tensor | None, mechanism: str, dtype: torch.dtype) 
         return bias
     top = bias.amax(dim=-2, keepdim=True)
     bias = bias - top.masked_fill(top == float("-inf"), 0.0)
-    return bias.masked_fill(bias <= NEVER, float("-inf"))
+    # e^-80 is nothing beside 1, so this is what the usual words for "never" mean: -100, -1e4, -1e9
+    # and a type's lowest number. (A literal: TorchScript reads no global number.)
+    return bias.masked_fill(bias <= -80.0, float("-inf"))
 
 
 def kept_keys(attn_mask: Tensor | None, mechanism: str) -> Tensor | None:
