@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from timm_xformers.cli import main
@@ -104,6 +105,7 @@ def test_run_folder_from_the_command_line(finished_run, tmp_path, capsys):
     [
         (NAME, ["--output", "a.txt"], 2, "end it in one of .onnx, .pt2, .xml"),
         (NAME, ["--output", "a.pt2", "--opset", "18"], 2, "--opset is ONNX's"),
+        (NAME, ["--output", "a", "--int8"], 2, "--int8 is for files"),
         ("no_such_model", ["--output", "a.pt2"], 2, "Unknown model"),
         ("vix_softmax", ["--output", "a.pt2", "--img-size", "0"], 2, "not a whole number"),
     ],
@@ -119,6 +121,39 @@ def test_what_cannot_be_exported_is_a_sentence(
     assert found == code
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_folder_takes_colours_and_names_classes_once(finished_run, tmp_path):
+    folder = tmp_path / "colours"
+    export(f"local-dir:{finished_run / 'best'}", folder, in_chans=3)
+    grey = timm.create_model(f"local-dir:{finished_run / 'best'}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images.repeat(1, 3, 1, 1)), grey(images))
+    config = json.loads((folder / "config.json").read_text())
+    # transformers passes num_classes and model_args to one call, and reads labels from the top.
+    assert config["num_classes"] == 10
+    assert "num_classes" not in config["model_args"]
+    assert config["model_args"]["in_chans"] == config["pretrained_cfg"]["input_size"][0] == 3
+    assert len(config["pretrained_cfg"]["mean"]) == 3
+    assert config["label_names"] == list(map(str, range(10)))
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_transformers_gives_the_same_logits(finished_run, tmp_path):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    for source, name in ((f"local-dir:{finished_run / 'best'}", "run"), (NAME, "tag")):
+        export(source, tmp_path / name, in_chans=3)
+        theirs = AutoModelForImageClassification.from_pretrained(tmp_path / name).eval()
+        ours = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        pixels = AutoImageProcessor.from_pretrained(tmp_path / name)(
+            Image.new("RGB", (20, 10), (200, 30, 0)), return_tensors="pt"
+        )["pixel_values"]
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(pixels).logits, ours(pixels))
+        assert theirs.config.id2label[3] == "3"
 
 
 def test_a_file_with_other_logits_is_not_kept(tmp_path, monkeypatch):

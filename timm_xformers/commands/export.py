@@ -7,7 +7,7 @@ from timm_xformers.commands.options import positive
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "write a model as ONNX, ExportedProgram or OpenVINO, compare it and time it"
+HELP = "write a model as ONNX, ExportedProgram, OpenVINO or folder; compare and time it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="FILE",
-        help="new file: .onnx, .pt2 (ExportedProgram) or .xml (OpenVINO, if installed)",
+        help="new file: .onnx, .pt2 (ExportedProgram) or .xml (OpenVINO, if installed); without a "
+        "dot: new folder for timm and transformers",
     )
     parser.add_argument(
         "--img-size",
         type=positive,
         metavar="PIXELS",
         help="of the input; default: the model's",
+    )
+    parser.add_argument(
+        "--in-chans",
+        type=positive,
+        metavar="N",
+        help="channels of the input: 3 lets a model of grey images take colour pictures",
     )
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="fix the batch; default: any size"
@@ -45,19 +52,21 @@ def run(args: argparse.Namespace) -> None:
         _weights_of(args.model),
         path,
         img_size=args.img_size,
+        in_chans=args.in_chans,
         batch_size=args.batch_size,
         int8=args.int8,
         opset=args.opset,
     )
     batches = ", ".join(map(str, done.batch_sizes))
-    free = "" if args.batch_size else ", any batch size"
+    free = "" if args.batch_size or not path.suffix else ", any batch size"
     print(f"{path}: {FORMATS[path.suffix]}, {done.megabytes:.2f} MB{free}")
     print(
         f"logits: {done.difference:.1e} of their norm from PyTorch's at batch {batches}, "
         f"{done.same_top1_percent:.0f} % of images in the same class"
     )
     print(f"images/s on this CPU: {done.images_per_s:,.1f}, PyTorch {done.model_images_per_s:,.1f}")
-    print(f"what its inputs must be and its labels are in {sheet_of(path)}")
+    if path.suffix:
+        print(f"what its inputs must be and its labels are in {sheet_of(path)}")
 
 
 def _weights_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""ONNX, PyTorch's ExportedProgram and OpenVINO files of any timm model, each tried before it stays.
+"""ONNX, ExportedProgram and OpenVINO files of any timm model, and folders, each tried first.
 
 The batch is free unless a size is asked for. A file is written beside its name, loaded back, and
 compared with the model on batches of several sizes; only then does it get the name.
@@ -22,12 +22,18 @@ from timm_xformers.errors import UsageError, UserError, require_extra
 from timm_xformers.exporting.int8 import quantize_weights
 from timm_xformers.files.atomic import write_text
 from timm_xformers.training.build import build_model, check_input
+from timm_xformers.training.checkpoint import save_best
 
 __all__ = ["FORMATS", "Exported", "export", "sheet_of"]
 
 Run = Callable[[Tensor], Tensor]
 # Suffix -> name.
-FORMATS = {".onnx": "ONNX", ".pt2": "ExportedProgram", ".xml": "OpenVINO"}
+FORMATS = {
+    ".onnx": "ONNX",
+    ".pt2": "ExportedProgram",
+    ".xml": "OpenVINO",
+    "": "folder for timm and transformers",
+}
 LARGEST_BATCH = 4096
 # Of logits against the model's: the norm of the difference over that of the logits.
 CLOSE = 1e-3
@@ -65,6 +71,7 @@ def export(
     path: Path,
     *,
     img_size: int | None = None,
+    in_chans: int | None = None,
     batch_size: int | None = None,
     int8: bool = False,
     opset: int | None = None,
@@ -74,7 +81,9 @@ def export(
     Args:
         name: A name that timm has weights for, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``.
         path: New file; its suffix is one of `FORMATS`. FILE.json gets size, normalisation, labels.
+            Without a suffix it is a folder that ``local-dir:`` and transformers open.
         img_size: Side of the input; the weights' own if None.
+        in_chans: Channels; None: the weights' own. 3 makes a model of grey images take colours.
         batch_size: Fix the batch at so many images; None leaves it free.
         int8: Store weights as int8, see `int8`.
         opset: Of ONNX; None takes the exporter's.
@@ -82,9 +91,11 @@ def export(
     Raises:
         UserError: The model cannot be exported, or the file gives other logits than the model.
     """
-    _check(path, opset)
-    model, _ = build_model(name, img_size=img_size, pretrained=True)
-    expects = Preprocessing.of_model(model, img_size)
+    _check(path, opset, int8)
+    channels: dict[str, Any] = {} if in_chans is None else {"in_chans": in_chans}
+    model, model_args = build_model(name, img_size=img_size, pretrained=True, **channels)
+    expects = Preprocessing.of_model(model, img_size, in_chans)
+    sheet = _description(model, expects)
     check_input(model, expects.shape)
     model.eval().requires_grad_(False)
     sizes = [1, 2, 5] if batch_size is None else [batch_size]
@@ -97,14 +108,22 @@ def export(
         if int8:
             quantize_weights(model)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(fresh: Path) -> Run:
+        if not path.suffix:
+            save_best(fresh, model, model_args, expects, tuple(sheet["label_names"]))
+            return (
+                build_model(f"local-dir:{fresh}", pretrained=True)[0].eval().requires_grad_(False)
+            )
+        example = images[-1 if batch_size else 1]
+        return _WRITERS[path.suffix](model, example, fresh, batch_size is None, opset)
+
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".txf-") as scratch:
         fresh = Path(scratch) / path.name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of exporters about themselves
-                run = _WRITERS[path.suffix](
-                    model, images[-1 if batch_size else 1], fresh, batch_size is None, opset
-                )
+                run = write(fresh)
                 found = [run(batch) for batch in images]
                 speed = _images_per_s(run, timed)
         except UserError:
@@ -127,11 +146,12 @@ def export(
             )
         same = [a.argmax(1) == b.argmax(1) for a, b in zip(found, logits, strict=True)]
         files = list(Path(scratch).iterdir())
-        size = sum(file.stat().st_size for file in files)
+        size = sum(file.stat().st_size for file in Path(scratch).rglob("*") if file.is_file())
         del run  # it may hold the file open
         for file in files:
             file.replace(path.parent / file.name)
-    write_text(sheet_of(path), json.dumps(_description(model, expects), indent=2) + "\n")
+    if path.suffix:
+        write_text(sheet_of(path), json.dumps(sheet, indent=2) + "\n")
     return Exported(
         path=path,
         megabytes=size / 1e6,
@@ -148,11 +168,14 @@ def sheet_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _check(path: Path, opset: int | None) -> None:
+def _check(path: Path, opset: int | None, int8: bool) -> None:
     if path.suffix not in FORMATS:
         raise UsageError(
-            f"--output {path} has no format to export to; end it in one of {', '.join(FORMATS)}."
+            f"--output {path} has no format to export to; end it in one of "
+            f"{', '.join(filter(None, FORMATS))}, or give a folder's name without a dot."
         )
+    if int8 and not path.suffix:
+        raise UsageError("--int8 is for files, and a folder keeps weights as they are; drop it.")
     for taken in (path, sheet_of(path)):
         if taken.exists():
             raise UsageError(f"{taken} exists; choose another --output.")
