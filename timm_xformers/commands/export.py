@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from timm_xformers.commands.options import positive
+from timm_xformers.recipe import weights_of
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     path = Path(args.output)
     done = export(
-        _weights_of(args.model),
+        weights_of(args.model),
         path,
         img_size=args.img_size,
         in_chans=args.in_chans,
@@ -67,11 +68,3 @@ def run(args: argparse.Namespace) -> None:
     print(f"images/s on this CPU: {done.images_per_s:,.1f}, PyTorch {done.model_images_per_s:,.1f}")
     if path.suffix:
         print(f"what its inputs must be and its labels are in {sheet_of(path)}")
-
-
-def _weights_of(name: str) -> str:
-    """A run folder, or a folder of weights, as timm wants to hear it."""
-    for folder in (Path(name) / "best", Path(name)):
-        if (folder / "config.json").is_file():
-            return f"local-dir:{folder}"
-    return name

@@ -22,7 +22,7 @@ from timm_xformers.errors import UsageError, UserError, require_extra
 from timm_xformers.exporting.int8 import quantize_weights
 from timm_xformers.files.atomic import write_text
 from timm_xformers.training.build import build_model, check_input
-from timm_xformers.training.checkpoint import save_best
+from timm_xformers.training.checkpoint import ModelInfo, save_best
 
 __all__ = ["FORMATS", "Exported", "export", "sheet_of"]
 
@@ -111,7 +111,7 @@ def export(
 
     def write(fresh: Path) -> Run:
         if not path.suffix:
-            save_best(fresh, model, model_args, expects, tuple(sheet["label_names"]))
+            save_best(fresh, model, ModelInfo(model_args, expects, tuple(sheet["label_names"])))
             return (
                 build_model(f"local-dir:{fresh}", pretrained=True)[0].eval().requires_grad_(False)
             )

@@ -165,14 +165,16 @@ def _card(run: FinishedRun, repo_id: str, license: str, attention: Any) -> Card:
 
 def _start(run: FinishedRun) -> tuple[str, str | None]:
     """The weights that the run began with: in words, and by name on the Hub if they have one."""
+    if not run.recipe.starts_pretrained:
+        return "", None
     model = run.recipe.model
     kind, _, name = model.rpartition(":")
     if kind == "local-dir":
-        return "weights in a local folder", None
+        return (run.record.initial_weights or "from weights in a folder").removeprefix(
+            "from "
+        ), None
     if kind == "hf-hub":
         return f"`{name}`", name.partition("@")[0]
-    if not run.recipe.pretrained:
-        return "", None
     source = get_pretrained_cfg(model) if is_model(model) else None
     return f"`{model}`", getattr(source, "hf_hub_id", None)
 
