@@ -114,7 +114,7 @@ def draw_tokens(checkout: Checkout) -> Path:
             for line in csv.DictReader(file)
             if (line["pass"], line["clock"], line["allocator"]) == ("backward", "cpu", "default")
         ]
-    figure = new_figure(8, 4.4)
+    figure = new_figure(7, 5.6)
     axes = figure.subplots()
     for place, (layer, label) in enumerate(LAYERS.items()):
         points = sorted(
@@ -134,10 +134,11 @@ def draw_tokens(checkout: Checkout) -> Path:
     axes.set_yscale("log")
     axes.set_xticks(sizes, ["" if size == 196 else f"{size:,}" for size in sizes])  # 256 is near
     axes.minorticks_off()
-    axes.set_xlabel("Tokens")
-    axes.set_ylabel("Milliseconds, forward and backward")
+    axes.tick_params(labelsize=11)
+    axes.set_xlabel("Tokens", fontsize=12)
+    axes.set_ylabel("Milliseconds, forward and backward", fontsize=12)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=11, frameon=False)
     save(figure, folder / "tokens.png")
     return folder / "tokens.png"
 
