@@ -1,9 +1,15 @@
 """Pictures in, classes out: as evaluation has them, from every kind of name and place."""
 
+import contextlib
 import http.server
+import io
 import json
+import os
+import re
 import shutil
+import socketserver
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +19,10 @@ from PIL import Image
 
 from timm_xformers.cli import main
 from timm_xformers.data.data import open_data
+from timm_xformers.errors import UserError
+from timm_xformers.predicting import images as pictures
 from timm_xformers.predicting.classes import class_names
-from timm_xformers.predicting.images import find_images
+from timm_xformers.predicting.images import find_images, open_image
 from timm_xformers.predicting.predict import Prediction, Unreadable, predict
 from timm_xformers.recipe import load_recipe
 from timm_xformers.records.results_json import Record
@@ -156,3 +164,111 @@ def test_classes_without_names_go_by_number(finished_run, digits, tmp_path):
     shutil.copy(finished_run / "best" / "model.safetensors", folder)
     (found,) = predict(str(folder), find_images([str(digits)])[:1])
     assert [guess.name for guess in found.classes] == [str(g.label) for g in found.classes]
+
+
+PNG = io.BytesIO()
+Image.new("L", (8, 8), 200).save(PNG, "PNG")
+PICTURE = PNG.getvalue()
+HEAD = b"HTTP/1.1 200 OK\r\n"
+ANSWERS = {
+    "/whole": HEAD + b"Content-Length: %d\r\n\r\n" % len(PICTURE) + PICTURE,
+    "/a%20b.png": HEAD + b"Content-Length: %d\r\n\r\n" % len(PICTURE) + PICTURE,
+    "/%C3%BC.png?x=1&y=%20": HEAD + b"\r\n" + PICTURE,
+    "/short": HEAD + b"Content-Length: 9999\r\n\r\n" + PICTURE[:40],
+    "/chunks": HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\n",
+    "/cut-chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nff\r\nhello",
+    "/garbage": b"\x00\x01 nothing of the kind\r\n\r\n",
+    "/silence": b"",
+    "/text": HEAD + b"Content-Length: 5\r\n\r\nhello",
+    "/circle": b"HTTP/1.1 302 Found\r\nLocation: /circle\r\nContent-Length: 0\r\n\r\n",
+    "/file": b"HTTP/1.1 302 Found\r\nLocation: file:///etc/hosts\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.fixture
+def strange_server():
+    class Strange(socketserver.StreamRequestHandler):
+        def handle(self):
+            path = self.rfile.readline().split()[1].decode()
+            if path != "/drop":
+                self.wfile.write(ANSWERS.get(path, b""))
+                return
+            self.wfile.write(HEAD + b"\r\n")
+            with contextlib.suppress(OSError):
+                for _ in range(200):  # a byte now and then, so that no single wait is long
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_):
+            pass
+
+    with Server(("127.0.0.1", 0), Strange) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/whole", "/a b.png", "/a%20b.png", "/ü.png?x=1&y= "])
+def test_addresses_as_people_write_them(strange_server, path):
+    assert open_image(strange_server + path, "L").getpixel((0, 0)) == 200
+    assert open_image(strange_server.replace("http", "HTTP") + path, "L").size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/short", r"is cut off: 40 of 9999 bytes came|broke off"),
+        ("/chunks", "cannot be fetched"),
+        ("/cut-chunk", "cannot be fetched"),
+        ("/garbage", "cannot be fetched"),
+        ("/silence", "cannot be fetched"),
+        ("/text", "is no image"),
+        ("/circle", "the server answers 302"),
+        ("/file", "the server answers 302"),
+        ("/drop", "cannot be fetched .*(not there after|timed out)"),
+    ],
+)
+def test_a_strange_answer_loses_no_other_picture(
+    path, words, strange_server, finished_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pictures, "WHOLE_TIMEOUT_S", 1)
+    Image.new("L", (8, 8)).save(tmp_path / "here.png")
+    names = [strange_server + path, "http://[::1", "http://\x00/", str(tmp_path / "here.png")]
+    found = list(predict(str(finished_run), find_images(names)))
+    assert re.search(words, found[0].reason)
+    assert all("cannot be fetched" in entry.reason for entry in found[1:3])
+    assert isinstance(found[3], Prediction)
+
+
+def test_a_folder_is_read_as_in_training(finished_run, tmp_path):
+    folder = tmp_path / "mixed"
+    (folder / "sub" / ".ipynb_checkpoints").mkdir(parents=True)
+    names = ["a.webp", "b.bmp", "sub/c.tif", "sub/d.PNG"]
+    for name in (*names, "sub/.ipynb_checkpoints/e.png", "._f.png"):
+        Image.new("L", (8, 8)).save(folder / name)
+    (folder / "g.txt").touch()
+    os.mkfifo(folder / "pipe.png")
+    (folder / "sub" / "up").symlink_to(folder)
+    assert find_images([str(folder)]) == [str(folder / name) for name in names]
+    assert all(
+        isinstance(p, Prediction) for p in predict(str(finished_run), [*find_images([str(folder)])])
+    )
+    with pytest.raises(UserError, match=r"pipe[.]png is no regular file"):
+        find_images([str(folder / "pipe.png")])
+
+
+def test_what_is_shown_is_turned_and_scaled(finished_run, tmp_path):
+    """The same picture in three forms is the same picture to the model."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (8, 8), np.uint8)
+    upright = Image.fromarray(values)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "a.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
+    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "c.png")
+    found = list(predict(str(finished_run), [str(tmp_path / f"{name}.png") for name in "abc"]))
+    assert found[0].classes == found[1].classes == found[2].classes

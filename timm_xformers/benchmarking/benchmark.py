@@ -25,6 +25,7 @@ from timm_xformers.benchmarking.plots import plot_benchmark
 from timm_xformers.benchmarking.settings import PASSES, Contender, Point, Settings
 from timm_xformers.benchmarking.tables import lines_of, markdown, timm_csv_text
 from timm_xformers.benchmarking.worker import can_fork
+from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import sweep, write_text
 from timm_xformers.files.tables import write_csv
@@ -223,7 +224,7 @@ class Benchmark:
         with torch.device("meta"):
             model: Any = build_model(self.baseline.name, img_size=point.size or None)[0]
         patches: int = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
-        side: int = point.size or model.pretrained_cfg["input_size"][1]
+        side = Preprocessing.of_model(model, point.size or None).img_size
         return patches + int(getattr(model, "num_prefix_tokens", 0)) if patches else side
 
     def _note(self, reasons: dict[str, str], size: int) -> None:

@@ -24,6 +24,7 @@ from timm_xformers.benchmarking.settings import (
     Point,
     Settings,
 )
+from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, nearest
 from timm_xformers.layers.factory import ATTENTION
 from timm_xformers.layers.performer.triton.choice import shared_memory
@@ -126,8 +127,7 @@ def _check_models(settings: Settings) -> None:
     for name, size in itertools.product(settings.models, settings.img_sizes or (None,)):
         # Weights are built too: what fails must fail before anything is measured.
         model: Any = build_model(name, img_size=size)[0]
-        channels, side, _ = model.pretrained_cfg["input_size"]
-        check_input(model, (channels, size or side, size or side))
+        check_input(model, Preprocessing.of_model(model, size).shape)
     if settings.baseline is not None and settings.baseline not in settings.models:
         raise UsageError(
             f"--baseline {settings.baseline!r} is none of the models measured"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from timm_xformers.benchmarking.peers import Dims, Unfit, build_peer
 from timm_xformers.benchmarking.settings import BASELINE, UNFUSED, Contender, Point
+from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.layers.factory import attention_class
 from timm_xformers.layers.heads import HeadsAttention
 from timm_xformers.layers.layout import NeedsLayout
@@ -40,9 +41,7 @@ def build_contender(contender: Contender, point: Point, seed: int) -> tuple[nn.M
     else:
         dtype = torch.float32
         module = _model(contender, point).to(point.device)
-        channels, side, _ = module.pretrained_cfg["input_size"]
-        side = point.size or side
-        shape = (point.batch_size, channels, side, side)
+        shape = (point.batch_size, *Preprocessing.of_model(module, point.size or None).shape)
     rng = torch.Generator().manual_seed(seed)
     return module, torch.randn(shape, generator=rng).to(point.device, dtype)
 

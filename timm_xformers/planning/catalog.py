@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, UserError, nearest
 from timm_xformers.layers.factory import ATTENTION, attention_class
 from timm_xformers.training.build import build_model, check_input
@@ -244,9 +245,8 @@ def measure(
     Raises:
         UserError: The model does not take such a batch.
     """
-    channels, side, _ = model.pretrained_cfg["input_size"]
-    side = img_size or side
-    shape = (channels, side, side)
+    expects = Preprocessing.of_model(model, img_size)
+    side, shape = expects.img_size, expects.shape
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         if img_size is not None:

@@ -1,26 +1,36 @@
 """Pictures by name: files, folders of them and addresses."""
 
-import io
+import http.client
+import threading
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from timm.data import get_img_extensions
 
 from timm_xformers.data.pixels import decode_picture
+from timm_xformers.data.trees import Place
 from timm_xformers.errors import UserError
+from timm_xformers.files.text import plain
 
 __all__ = ["find_images", "open_image"]
 
 SCHEMES = ("http://", "https://")
 LARGEST_DOWNLOAD = 64 * 2**20
+# For each answer of the server, and for the whole picture.
 TIMEOUT_S = 20
+WHOLE_TIMEOUT_S = 60
+# Left as they are in an address; everything else that may not stand there is escaped.
+ADDRESS_MARKS = "%/:=&?~#+!$,;'@()*[]"
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """Put the images of a folder, and of those below it, in its place.
+    """Put the pictures of a folder, and of those below it, in its place.
+
+    Hidden folders and files that are no pictures by their names are passed over, as in training.
 
     Args:
         names: Files, folders and addresses.
@@ -34,21 +44,22 @@ def find_images(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         path = Path(name)
-        if name.startswith(SCHEMES) or path.is_file():
+        if name.lower().startswith(SCHEMES) or path.is_file():
             found.append(name)
         elif path.is_dir():
-            suffixes: tuple[str, ...] = get_img_extensions()  # type: ignore[no-untyped-call]
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+            inside = sorted(Place(path).tree().files, key=lambda file: file.split("/"))
             if not inside:
                 raise UserError(f"{name} holds no images; name a folder with .png, .jpg or such.")
-            found += map(str, inside)
+            found += [str(path / file) for file in inside]
+        elif path.exists():
+            raise UserError(f"{plain(name)} is no regular file; name an image file.")
         else:
-            raise UserError(f"{name} does not exist; name an image, a folder or an address.")
+            raise UserError(f"{plain(name)} does not exist; name an image, a folder or an address.")
     return found
 
 
 def open_image(name: str, mode: str) -> Image.Image:
-    """Read a picture.
+    """Read a picture; see `timm_xformers.data.pixels.as_mode`.
 
     Args:
         name: A file or an address.
@@ -57,27 +68,65 @@ def open_image(name: str, mode: str) -> Image.Image:
     Raises:
         UserError: It cannot be read; the message is the reason alone.
     """
-    source = _download(name) if name.startswith(SCHEMES) else name
+    remote = name.lower().startswith(SCHEMES)
     try:
-        if isinstance(source, str):
-            source = io.BytesIO(Path(source).read_bytes())
-        return decode_picture(source, mode)
+        return decode_picture(_download(name) if remote else Path(name).read_bytes(), mode)
+    except UserError:
+        raise
     except Exception as error:  # damaged bytes make decoders raise nearly anything
         reason = "is no image" if "cannot identify" in str(error) else " ".join(str(error).split())
-        raise UserError(reason or type(error).__name__) from error
+        raise UserError(plain(reason) or type(error).__name__) from error
 
 
-def _download(address: str) -> io.BytesIO:
-    request = urllib.request.Request(address, headers={"User-Agent": "timm-xformers"})
+def _download(address: str) -> bytes:
+    """Fetch a picture in a thread of its own: nothing else bounds a server that sends by the drop.
+
+    Raises:
+        UserError: It cannot be fetched whole.
+    """
+    answer: list[bytes | Exception] = []
+
+    def fetch() -> None:
+        try:
+            answer.append(_fetch(address))
+        except Exception as error:  # servers send what they like
+            answer.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(WHOLE_TIMEOUT_S)
+    if not answer:
+        raise UserError(f"cannot be fetched (not there after {WHOLE_TIMEOUT_S} seconds)")
+    if isinstance(answer[0], bytes):
+        return answer[0]
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    error = answer[0]
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    detail = plain(" ".join(str(reason).split())) or type(error).__name__
+    raise UserError(f"cannot be fetched ({detail})") from error
+
+
+def _fetch(address: str) -> bytes:
+    request = urllib.request.Request(
+        urllib.parse.quote(address, safe=ADDRESS_MARKS), headers={"User-Agent": "timm-xformers"}
+    )
+    end = time.monotonic() + WHOLE_TIMEOUT_S
+    data = bytearray()
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            data = answer.read(LARGEST_DOWNLOAD + 1)
+            told = answer.headers.get("Content-Length", "")
+            while block := answer.read1(2**16):
+                data += block
+                if len(data) > LARGEST_DOWNLOAD:
+                    raise UserError(f"has more than {LARGEST_DOWNLOAD >> 20} MiB")
+                if time.monotonic() > end:
+                    raise TimeoutError("timed out")
     except urllib.error.HTTPError as error:
         error.close()
-        raise UserError(f"the server answers {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise UserError(f"cannot be fetched ({reason})") from error
-    if len(data) > LARGEST_DOWNLOAD:
-        raise UserError(f"has more than {LARGEST_DOWNLOAD >> 20} MiB")
-    return io.BytesIO(data)
+        raise UserError(f"the server answers {error.code} {plain(error.reason)}") from error
+    except http.client.IncompleteRead as error:
+        raise UserError("cannot be fetched (the server broke off)") from error
+    if told.isdecimal() and int(told) != len(data):
+        raise UserError(f"is cut off: {len(data)} of {told} bytes came")
+    return bytes(data)
