@@ -18,69 +18,78 @@ from timm_xformers.errors import UsageError, nearest, require_extra
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "time layers or models in pairs with timm's exact attention and other packages' forms"
+HELP = "time attention layers or models against timm's exact attention and other packages"
 
-# Flag -> field of Settings, what its words are, help. Lists take spaces or commas.
+# Flag -> field of Settings, type of an entry, help. Lists take spaces or commas.
 LISTS: dict[str, tuple[str, type[Any], str]] = {
     "contenders": (
         "contenders",
         str,
-        f"mechanisms as layers, default {' '.join(CONTENDERS)}; exact attention is always there",
+        f"mechanisms to time as layers, default {' '.join(CONTENDERS)}; the baseline, exact "
+        "attention, is always timed too",
     ),
-    "models": ("models", str, "whole models instead, by timm names; one of them exact"),
-    "tokens": ("tokens", int, "lengths for layers, default 64 196 256 1025 4096"),
-    "img-size": ("img_sizes", int, "sides of the models' input, default each model's own"),
+    "models": ("models", str, "whole models instead of layers, by timm names"),
+    "tokens": ("tokens", int, "sequence lengths of layers, default 64 196 256 1025 4096"),
+    "img-size": ("img_sizes", int, "image sizes of models in pixels, default each model's own"),
     "passes": (
         "passes",
         str,
-        f"of {' '.join(PASSES)}; default the first two for layers, forward and train for models",
+        f"of {' '.join(PASSES)} (train: forward, backward and AdamW); default forward backward "
+        "for layers, forward train for models",
     ),
     "modes": (
         "modes",
         str,
-        f"of {' '.join(MODES)}; default eager; fused is our GPU kernels, of which the others make "
-        "no use",
+        f"of {' '.join(MODES)} (fused: our Triton kernels, which the other modes do not use); "
+        "default eager",
     ),
-    "dtypes": ("dtypes", str, f"of {' '.join(DTYPES)}; default float32; models use autocast"),
-    "threads": (
-        "threads",
+    "dtypes": ("dtypes", str, f"of {' '.join(DTYPES)}, models by autocast; default float32"),
+    "threads": ("threads", int, "CPU threads, default 1, timed by CPU time; more, by wall clock"),
+    "allocator": ("allocators", str, f"settings of glibc's allocator, of {' '.join(ALLOCATORS)}"),
+    "memory-tokens": (
+        "memory_tokens",
         int,
-        "of a process, default 1, whose processor time is the steady clock",
+        "lengths whose peak memory is measured, default all",
     ),
-    "allocator": ("allocators", str, f"of {' '.join(ALLOCATORS)}: glibc's; default default"),
-    "memory-tokens": ("memory_tokens", int, "lengths at which memory is measured, default all"),
 }
 # Flag and field -> type, help.
 SINGLE: dict[str, tuple[type[Any], str]] = {
-    "baseline": (str, "model to compare with; default the first exact one"),
-    "shape": (str, f"of {', '.join(SHAPES)}; default S32: 128 wide, 4 heads of 32"),
-    "dim": (int, "token width instead of the shape's"),
-    "num-heads": (int, "heads instead of the shape's"),
-    "head-dim": (int, "width of a head instead of the shape's"),
+    "baseline": (str, "model that speed-ups are relative to; default the first exact one"),
+    "shape": (
+        str,
+        f"of {', '.join(SHAPES)}; default S32: 128 wide, 4 heads of 32",
+    ),
+    "dim": (int, "token width, instead of the shape's"),
+    "num-heads": (int, "number of heads, instead of the shape's"),
+    "head-dim": (int, "width of a head, instead of the shape's"),
     "batch-size": (int, "sequences or images, default 8"),
     "device": (str, "cpu or cuda; default the GPU if there is one"),
-    "rounds": (int, "default 7"),
-    "limit-seconds": (float, "of a point, after which no fourth round begins; default 120"),
-    "seed": (int, "of weights, inputs and order; default 0"),
+    "rounds": (int, "repetitions, default 7; in each, every contender runs once, in random order"),
+    "limit-seconds": (float, "time limit of a setting, after three rounds; default 120"),
+    "seed": (int, "of weights, inputs and order, default 0"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's flags."""
-    parser.add_argument("--preset", metavar="NAME", help=f"of {', '.join(PRESETS)}; flags go over")
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"settings by name, of {', '.join(PRESETS)}; flags override them",
+    )
     for flag, (field, kind, text) in LISTS.items():
         parser.add_argument(
             f"--{flag}", dest=field, type=_words(kind), nargs="+", metavar="X", help=text
         )
     for flag, (kind, text) in SINGLE.items():
         parser.add_argument(f"--{flag}", type=kind, metavar="X", help=text)
-    parser.add_argument("--no-peers", action="store_true", help="without other packages")
-    parser.add_argument("--no-memory", action="store_true", help="time only")
+    parser.add_argument("--no-peers", action="store_true", help="leave other packages out")
+    parser.add_argument("--no-memory", action="store_true", help="measure no peak memory")
     parser.add_argument(
         "--output",
         metavar="FOLDER",
         default="benchmark",
-        help="folder to create; default benchmark",
+        help="folder to create, or to go on in after an interruption; default benchmark",
     )
 
 
