@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from timm_xformers.cli import main
 from timm_xformers.errors import UsageError, UserError
@@ -244,6 +244,21 @@ def test_full_disk_leaves_the_previous_folder(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
     assert (target / "weights").read_bytes() == b"old"
+
+
+def test_full_disk_under_safetensors_is_a_sentence(tmp_path):
+    weights = {"w": torch.zeros(10_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with (
+            pytest.raises(UserError, match=r"Cannot write .*last: .*File too large"),
+            write_folder(tmp_path / "last") as fresh,
+        ):
+            save_file(weights, fresh / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_of_images_trains(tiny, image_folder):
