@@ -9,7 +9,7 @@ from timm_xformers.recipe import Recipe
 
 __all__ = ["choose_model"]
 
-# 240 to 390 images/s on two cores at 32 pixels, and 90.6 % of CIFAR-10 in its own size.
+# 240 to 390 images/s of training on two cores at 32 pixels, and 91.5 % on CIFAR-10.
 MODEL = "ccn_4_3x2_32.cifar10"
 # Side of the input by the largest usual side of the images; work grows with its square.
 SIDES = ((48, 32), (96, 64), (10**9, 96))
