@@ -14,6 +14,7 @@ from timm_xformers.cli import main
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import load_recipe
 from timm_xformers.training import train as train_module
+from timm_xformers.training.build import build_model
 from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.session import open_session
 from timm_xformers.training.signals import Stopped
@@ -232,3 +233,14 @@ def test_dry_run_measures_every_stage_and_writes_nothing(tiny, tmp_path, capsys)
     assert re.search(r"# about 0:0\d:\d\d in all", said)
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
     assert main(["train", "--resume", "x", "--dry-run"]) == 2
+
+
+@pytest.mark.parametrize("name", ["local2d_w4_shifted", "local1d_w16_shifted", "linformer_k32"])
+def test_layers_in_timms_slot_are_told_each_grid(tiny, name):
+    kwargs = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "attn_layer": name}
+    stages = [{"epoch": 1, "img_size": 8}, {"epoch": 2, "img_size": 16}]
+    recipe = tiny(model_kwargs=kwargs, stages=stages, limit=40, batch_size=20, output="run")
+    folder, record = train(recipe)
+    assert record.img_size == 16
+    model, _ = build_model(f"local-dir:{folder.best}", pretrained=True)
+    assert model(torch.zeros(2, 1, 16, 16)).shape == (2, 10)

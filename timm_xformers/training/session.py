@@ -20,6 +20,7 @@ from timm_xformers.data.sampling import derive_seed, num_train_batches, seed_eve
 from timm_xformers.data.split import Split
 from timm_xformers.errors import DivergedError, UsageError
 from timm_xformers.files.atomic import sha256_of
+from timm_xformers.layers.layout import NeedsLayout, set_token_layout
 from timm_xformers.recipe import Recipe
 from timm_xformers.training.build import build_model, check_input
 from timm_xformers.training.compiling import compile_model
@@ -123,6 +124,7 @@ class Session:
         for sized in (model, *averaged):
             if hasattr(sized, "set_input_size"):  # convolutional families take any size
                 sized.set_input_size(img_size=(side, side))
+                _renew_layout(sized)
         optimizer: Any = trainer.optimizer
         renewed = renew_optimizer(optimizer.optimizer, before, model, self.recipe)
         trainer.scheduler = make_scheduler(renewed, self.recipe, trainer.updates_per_epoch)
@@ -349,6 +351,14 @@ def _prepare(
         wrapped, prepared = accelerator.prepare(model, optimizer)
     compiled: Any = compile_model(wrapped) if recipe.compile else wrapped
     return compiled, prepared
+
+
+def _renew_layout(model: Any) -> None:
+    """Tell layers in timm's attention slot the new grid, if they were told the old one."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    layers = [layer for layer in model.modules() if isinstance(layer, NeedsLayout)]
+    if grid and any(getattr(layer, "grid_size", None) not in (None, grid) for layer in layers):
+        set_token_layout(model)
 
 
 def _leave_out(model: Any, share: float) -> None:
