@@ -179,3 +179,47 @@ def test_refusals():
         LinformerAttention(16, 2, proj_len=0)
     with pytest.raises(ValueError, match="is_causal=True cannot be honoured"):
         LinformerAttention(16, 2)(torch.randn(1, 9, 16), is_causal=True)
+
+
+@pytest.mark.parametrize("share_kv", [False, True])
+def test_telling_the_grid_keeps_what_was_trained(share_kv):
+    torch.manual_seed(0)
+    layer = LinformerAttention(16, 2, proj_len=8, share_kv=share_kv).eval()
+    with torch.no_grad():
+        layer.proj_k += 0.1 * torch.randn_like(layer.proj_k)
+    x = torch.randn(2, 65, 16)
+    before = layer(x)
+    layer.proj_k.requires_grad_(False)
+    layer.set_layout((8, 8), 1)
+    torch.testing.assert_close(layer(x), before)
+    assert layer.proj_k.shape == (8, 65)
+    assert not layer.proj_k.requires_grad
+
+
+@pytest.mark.parametrize("told", ["saved", "loaded", "both", "neither"])
+def test_checkpoints_load_whether_the_grid_was_told_or_not(told):
+    torch.manual_seed(0)
+    saved, loaded = (LinformerAttention(16, 2, proj_len=8).eval() for _ in range(2))
+    if told in ("saved", "both"):
+        saved.set_layout((8, 8), 1)
+    if told in ("loaded", "both"):
+        loaded.set_layout((8, 8), 1)
+    with torch.no_grad():
+        saved.proj_k += 0.1 * torch.randn_like(saved.proj_k)
+        saved.proj_v += 0.1 * torch.randn_like(saved.proj_v)
+    loaded.load_state_dict(saved.state_dict())
+    x = torch.randn(2, 65, 16)
+    torch.testing.assert_close(loaded(x), saved(x))
+    loaded.set_layout((8, 8), 1)
+    torch.testing.assert_close(loaded(x), saved(x))
+
+
+def test_a_projection_of_another_length_or_number_of_slots_is_refused():
+    layer = LinformerAttention(16, 2, proj_len=8)
+    layer.set_layout((8, 8), 1)
+    other = LinformerAttention(16, 2, proj_len=8)
+    other.set_layout((9, 9), 1)
+    with pytest.raises(RuntimeError, match="size mismatch for proj_k"):
+        layer.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for proj_k"):
+        layer.load_state_dict(LinformerAttention(16, 2, proj_len=4).state_dict())

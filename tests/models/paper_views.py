@@ -272,7 +272,7 @@ class LeViXView(nn.Module):
 class Tokenizer(nn.Module):
     def __init__(self, embed):
         super().__init__()
-        self.convs, self.act, self.pool = embed.convs, embed.act, embed.pool
+        self.convs, self.act, self.pool = embed.convs, embed.acts[0], embed.pools[0]
         self.flat = nn.Flatten(2)
 
     def forward(self, x):

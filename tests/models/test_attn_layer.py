@@ -3,10 +3,14 @@
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf, vision_transformer
 
 import timm_xformers
 import timm_xformers.models
+from timm_xformers.errors import UserError
 from timm_xformers.layers.layout import complete_token_layout
+from timm_xformers.layers.softmax import SoftmaxAttention
+from timm_xformers.training.build import build_model
 
 # One setting of each mechanism; every name is built in tests/layers.
 SETTINGS = [
@@ -109,3 +113,62 @@ def test_fnet_says_why_it_takes_no_attention_weights():
     model = small("vit_tiny_patch16_224", attn_layer="fnet")
     with pytest.raises(RuntimeError, match="fnet, which has no projections"):
         model.load_state_dict(exact.state_dict())
+
+
+@pytest.mark.parametrize("setting", ["local1d_w16", "local2d_w4", "local2d_w4_shifted"])
+def test_windows_are_those_of_the_true_grid_or_refused(setting):
+    # 225 tokens: 15 rows of 15, or a class token and 14 rows of 16.
+    x = torch.randn(1, 3, 224, 256)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", attn_layer=setting, depth=2, dynamic_img_size=True
+    )
+    with pytest.raises(ValueError, match="not been told where tokens lie"):
+        model(x)
+    if setting.startswith("local2d"):
+        with pytest.raises(ValueError, match="dynamic_img_size=True cannot be honoured"):
+            timm_xformers.set_token_layout(model)
+    model = small("vit_tiny_patch16_224", attn_layer=setting, img_size=(224, 256))
+    told = [block.attn.arrange(225) for block in model.blocks]
+    rows = (1, 224) if setting.startswith("local1d") else (14, 16)
+    assert [(grid, prefix) for grid, _, _, prefix in told] == [(rows, 1)] * 2
+    shifts = [shift for _, _, shift, _ in told]
+    assert shifts == [(0, 0), (2, 2) if setting.endswith("shifted") else (0, 0)]
+    assert model(x).shape == (1, 10)
+
+
+def test_the_trainer_tells_windows_their_grid_and_leaves_others_alone():
+    options = {"depth": 2, "embed_dim": 64, "num_heads": 4, "num_classes": 3, "img_size": 32}
+    model, _ = build_model("vit_tiny_patch16_224", attn_layer="local2d_w4_shifted", **options)
+    assert [block.attn.grid_size for block in model.blocks] == [(2, 2)] * 2
+    model, _ = build_model("vit_tiny_patch16_224", attn_layer="linformer_k32", **options)
+    assert model.blocks[0].attn.proj_k.shape == (32, 256)
+    with pytest.raises(UserError, match="dynamic_img_size=True cannot be honoured"):
+        build_model(
+            "vit_tiny_patch16_224", attn_layer="local2d_w4", dynamic_img_size=True, **options
+        )
+
+
+@pytest.mark.parametrize("setting", ["nystrom_l64", "fnet", SoftmaxAttention])
+@pytest.mark.parametrize("block", ["ParallelScalingBlock", "DiffParallelScalingBlock"])
+def test_blocks_that_would_ignore_the_mechanism_refuse_it(block, setting):
+    kind = getattr(vision_transformer, block, None)
+    if kind is None:
+        pytest.skip(f"this timm has no {block}")
+    with pytest.raises(ValueError, match=rf"{block} computes its attention itself"):
+        small("vit_tiny_patch16_224", block_fn=kind, attn_layer=setting)
+    assert small("vit_tiny_patch16_224", block_fn=kind)(torch.randn(1, 3, 224, 224)).shape
+
+
+def test_a_trained_linformer_survives_the_layout_and_its_folder(tmp_path):
+    model = small("vit_tiny_patch16_224", attn_layer="linformer_k64")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj_k += 0.1 * torch.randn_like(block.attn.proj_k)
+    x = torch.randn(2, 3, 224, 224)
+    before = model(x)
+    timm_xformers.set_token_layout(model)
+    torch.testing.assert_close(model(x), before)
+    args = {"attn_layer": "linformer_k64", "embed_dim": 64, "num_heads": 4, "depth": 2}
+    save_for_hf(model, tmp_path / "m", model_args=args, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    torch.testing.assert_close(again(x), before)

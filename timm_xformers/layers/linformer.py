@@ -210,6 +210,7 @@ class LinformerAttention(HeadsAttention):
         if (grid_size, num_prefix_tokens) == (self.grid_size, self.num_prefix_tokens):
             return
         length = num_prefix_tokens + grid_size[0] * grid_size[1]
+        initial = self._is_initial()
         for name in ("proj_k", "proj_v"):
             old: Tensor | None = getattr(self, name)
             if old is None:
@@ -217,17 +218,18 @@ class LinformerAttention(HeadsAttention):
             with torch.no_grad():
                 if self.grid_size is not None:
                     new = resample_projection(old, grid_size, self.grid_size, num_prefix_tokens)
-                elif self._is_initial(old):
+                elif initial:
                     new = slot_means(self.proj_len, length)
                 else:
                     new = fit_length(old, length)
             self._set_projection(name, new)
         self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
 
-    def _is_initial(self, proj: Tensor) -> bool:
-        """Whether nobody has trained or loaded this projection yet."""
-        means = slot_means(self.proj_len, proj.shape[1])
-        return proj.is_meta or torch.equal(proj, means.to(proj))
+    def _is_initial(self) -> bool:
+        """Whether nobody has trained or loaded the projections yet."""
+        means = slot_means(self.proj_len, self.proj_k.shape[1])
+        both = (self.proj_k, self.proj_v)
+        return all(p is None or p.is_meta or torch.equal(p, means.to(p)) for p in both)
 
     def _set_projection(self, name: str, value: Tensor) -> None:
         old: nn.Parameter = getattr(self, name)

@@ -125,7 +125,8 @@ class ConvEmbed(GridEmbed):
         self.convs = nn.ModuleList(
             conv_layer(widths[i], widths[i + 1], 3, padding=1, **dd) for i in range(3)
         )
-        self.act = act_layer()
+        # One each: what attributes outputs to inputs (DeepLift) follows a module, not its calls.
+        self.acts = nn.ModuleList(act_layer() for _ in range(2))
         self.set_input_size(img_size, patch_size)
 
     def set_input_size(
@@ -162,10 +163,9 @@ class ConvEmbed(GridEmbed):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to (B, embed_dim, rows, columns)."""
-        for i, conv in enumerate(self.convs):
-            x = conv(x)
-            if i < 2:
-                x = self.act(x)
+        x = self.convs[0](x)
+        for act, conv in zip(self.acts, self.convs[1:]):  # noqa: B905  (TorchScript has no strict)
+            x = conv(act(x))
         return x
 
 
@@ -224,8 +224,8 @@ class ConvTokenizer(GridEmbed):
             )
             for i in range(num_convs)
         )
-        self.act = nn.ReLU()
-        self.pool = nn.MaxPool2d(3, pool_stride, padding=1)
+        self.pools = nn.ModuleList(nn.MaxPool2d(3, pool_stride, padding=1) for _ in self.convs)
+        self.acts = nn.ModuleList(nn.ReLU() for _ in self.convs)
         self.init_weights()
         self.set_input_size(img_size)
 
@@ -263,8 +263,8 @@ class ConvTokenizer(GridEmbed):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to (B, embed_dim, rows, columns)."""
-        for conv in self.convs:
+        for conv, pool, act in zip(self.convs, self.pools, self.acts):  # noqa: B905
             # The paper's order is ReLU, then pooling. A maximum and ReLU commute, in values and in
             # gradients, and this way round ReLU has a quarter of the work.
-            x = self.act(self.pool(conv(x)))
+            x = act(pool(conv(x)))
         return x

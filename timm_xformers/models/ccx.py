@@ -234,29 +234,13 @@ def _cfg_224() -> dict[str, Any]:
 
 default_cfgs = default_configs(
     {
-        "cct": _cfg(),
-        "ccp": _cfg(),
-        "ccn": _cfg(),
-        "ccl": _cfg(),
-        "cct_2_3x2_32": _cfg(),
-        "ccp_2_3x2_32": _cfg(),
-        "ccn_2_3x2_32": _cfg(),
-        "ccl_2_3x2_32": _cfg(),
-        "cct_4_3x2_32": _cfg(),
-        "ccp_4_3x2_32": _cfg(),
-        "ccn_4_3x2_32": _cfg(),
-        "ccl_4_3x2_32": _cfg(),
-        "cct_6_3x1_32": _cfg(),
-        "ccp_6_3x1_32": _cfg(),
-        "ccn_6_3x1_32": _cfg(),
-        "ccl_6_3x1_32": _cfg(),
-        "cct_7_3x1_32": _cfg(),
-        "ccp_7_3x1_32": _cfg(),
-        "ccn_7_3x1_32": _cfg(),
-        "ccl_7_3x1_32": _cfg(),
-        "cct_14_7x2_224": _cfg_224(),
-        "ccp_14_7x2_224": _cfg_224(),
-        "ccn_14_7x2_224": _cfg_224(),
+        **{f"cc{letter}": _cfg() for letter in "tpnl"},
+        **{
+            f"cc{letter}_{size}": _cfg()
+            for size in ("2_3x2_32", "4_3x2_32", "6_3x1_32", "7_3x1_32")
+            for letter in "tpnl"
+        },
+        **{f"cc{letter}_14_7x2_224": _cfg_224() for letter in "tpn"},
     }
 )
 

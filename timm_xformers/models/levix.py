@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath, Mlp, get_act_layer, register_notrace_module
+from timm.layers import DropPath, Mlp, get_act_layer
 from timm.models.levit import ConvNorm, LevitMlp, LinearNorm, NormLinear
 from torch import Tensor, nn
 
@@ -42,8 +42,16 @@ _NO_PLACE = (
 )
 
 
-# Graph extraction would take its node head.drop for the trunk's head_drop.
-register_notrace_module(NormLinear)
+class Classifier(NormLinear):
+    """timm's norm and linear map, (B, C) to logits, without a dropout: the trunk has its own.
+
+    (Extractors of graphs would take a node head.drop for the trunk's head_drop.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, C) to logits (B, num_classes)."""
+        out: Tensor = self.linear(self.bn(x))
+        return out
 
 
 class LeViXBlock(nn.Module):
@@ -182,7 +190,7 @@ class LeViX(Trunk):
         super().reset_classifier(num_classes, global_pool)
         if num_classes > 0 and self.norm_place == "all":
             weight = next(self.head.parameters())
-            head: Any = NormLinear(
+            head: Any = Classifier(
                 self.num_features, num_classes, device=weight.device, dtype=weight.dtype
             )
             self.head = head.train(self.training)

@@ -71,54 +71,30 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
-def _hybrid_cfg() -> dict[str, Any]:
-    return _cfg(first_conv="patch_embed.convs.0")
-
-
 def _imagenet_cfg() -> dict[str, Any]:
     return _cfg(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
 
 
 default_cfgs = default_configs(
     {
-        "vix_softmax": _cfg(),
-        "vix_performer_softmax_m16": _cfg(),
-        "vix_performer_softmax_m32": _cfg(),
-        "vix_performer_softmax_m64": _cfg(),
-        "vix_performer_softmax_m128": _cfg(),
-        "vix_performer_softmax_m256": _cfg(),
-        "vix_performer_relu_m16": _cfg(),
-        "vix_performer_relu_m32": _cfg(),
-        "vix_performer_relu_m64": _cfg(),
-        "vix_performer_relu_m128": _cfg(),
-        "vix_performer_relu_m256": _cfg(),
-        "vix_performer_exp_m64": _cfg(),
-        "vix_performer_gelu_m64": _cfg(),
-        "vix_performer_elu_m64": _cfg(),
-        "vix_performer_learned_m64": _cfg(),
-        "vix_nystrom": _cfg(),
-        "vix_linformer": _cfg(),
-        "vix_local1d_w16": _cfg(),
-        "vix_local1d_w64": _cfg(),
-        "vix_local1d_w256": _cfg(),
-        "vix_local2d_w4": _cfg(),
-        "vix_local2d_w8": _cfg(),
-        "vix_local2d_w16": _cfg(),
-        "vix_fnet": _cfg(),
-        "hybrid_vix_softmax": _hybrid_cfg(),
-        "hybrid_vix_performer_relu_m64": _hybrid_cfg(),
-        "hybrid_vix_performer_softmax_m32": _hybrid_cfg(),
-        "hybrid_vix_nystrom": _hybrid_cfg(),
-        "hybrid_vix_linformer": _hybrid_cfg(),
-        "vix_tiny_patch16_224_performer_relu_m64": _imagenet_cfg(),
-        "vix_tiny_patch16_224_performer_softmax_m64": _imagenet_cfg(),
-        "vix_tiny_patch16_224_nystrom_l64": _imagenet_cfg(),
-        "vix_small_patch16_224_performer_relu_m64": _imagenet_cfg(),
-        "vix_small_patch16_224_performer_softmax_m64": _imagenet_cfg(),
-        "vix_small_patch16_224_nystrom_l64": _imagenet_cfg(),
-        "vix_base_patch16_224_performer_relu_m64": _imagenet_cfg(),
-        "vix_base_patch16_224_performer_softmax_m64": _imagenet_cfg(),
-        "vix_base_patch16_224_nystrom_l64": _imagenet_cfg(),
+        **{f"vix_{name}": _cfg() for name in ("softmax", "nystrom", "linformer", "fnet")},
+        **{f"vix_performer_softmax_m{m}": _cfg() for m in (16, 32, 64, 128, 256)},
+        **{f"vix_performer_relu_m{m}": _cfg() for m in (16, 32, 64, 128, 256)},
+        **{f"vix_performer_{kernel}_m64": _cfg() for kernel in ("exp", "gelu", "elu", "learned")},
+        **{f"vix_local1d_w{w}": _cfg() for w in (16, 64, 256)},
+        **{f"vix_local2d_w{w}": _cfg() for w in (4, 8, 16)},
+        **{
+            f"hybrid_vix_{mechanism}": _cfg(first_conv="patch_embed.convs.0")
+            for mechanism in (
+                *("softmax", "performer_relu_m64", "performer_softmax_m32"),
+                *("nystrom", "linformer"),
+            )
+        },
+        **{
+            f"vix_{size}_patch16_224_{mechanism}": _imagenet_cfg()
+            for size in ("tiny", "small", "base")
+            for mechanism in ("performer_relu_m64", "performer_softmax_m64", "nystrom_l64")
+        },
     }
 )
 
@@ -146,7 +122,9 @@ def _hybrid_vix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -
     return _vix(variant, attention, pretrained, **{**defaults, **kwargs})
 
 
-def _vix_imagenet(variant: str, attention: str, size: str, pretrained: bool, **kwargs: Any) -> ViX:
+def _vix_imagenet(variant: str, pretrained: bool, **kwargs: Any) -> ViX:
+    """Size and mechanism of ``vix_{size}_patch16_224_{mechanism}``, read from the name."""
+    _, size, _, _, attention = variant.split("_", 4)
     embed_dim, num_heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[size]
     defaults = {
         "attn_layer": attention,
@@ -339,94 +317,52 @@ def hybrid_vix_linformer(pretrained: bool = False, **kwargs: Any) -> ViX:
 @register_model
 def vix_tiny_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-Ti/16 with the relu kernel, 64 features."""
-    return _vix_imagenet(
-        "vix_tiny_patch16_224_performer_relu_m64",
-        "performer_relu_m64",
-        "tiny",
-        pretrained,
-        **kwargs,
-    )
+    return _vix_imagenet("vix_tiny_patch16_224_performer_relu_m64", pretrained, **kwargs)
 
 
 @register_model
 def vix_tiny_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-Ti/16 with positive random features, 64 of them."""
-    return _vix_imagenet(
-        "vix_tiny_patch16_224_performer_softmax_m64",
-        "performer_softmax_m64",
-        "tiny",
-        pretrained,
-        **kwargs,
-    )
+    return _vix_imagenet("vix_tiny_patch16_224_performer_softmax_m64", pretrained, **kwargs)
 
 
 @register_model
 def vix_tiny_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-Ti/16 with Nyström attention, 64 landmarks."""
-    return _vix_imagenet(
-        "vix_tiny_patch16_224_nystrom_l64", "nystrom_l64", "tiny", pretrained, **kwargs
-    )
+    return _vix_imagenet("vix_tiny_patch16_224_nystrom_l64", pretrained, **kwargs)
 
 
 @register_model
 def vix_small_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-S/16 with the relu kernel, 64 features."""
-    return _vix_imagenet(
-        "vix_small_patch16_224_performer_relu_m64",
-        "performer_relu_m64",
-        "small",
-        pretrained,
-        **kwargs,
-    )
+    return _vix_imagenet("vix_small_patch16_224_performer_relu_m64", pretrained, **kwargs)
 
 
 @register_model
 def vix_small_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-S/16 with positive random features, 64 of them."""
-    return _vix_imagenet(
-        "vix_small_patch16_224_performer_softmax_m64",
-        "performer_softmax_m64",
-        "small",
-        pretrained,
-        **kwargs,
-    )
+    return _vix_imagenet("vix_small_patch16_224_performer_softmax_m64", pretrained, **kwargs)
 
 
 @register_model
 def vix_small_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-S/16 with Nyström attention, 64 landmarks."""
-    return _vix_imagenet(
-        "vix_small_patch16_224_nystrom_l64", "nystrom_l64", "small", pretrained, **kwargs
-    )
+    return _vix_imagenet("vix_small_patch16_224_nystrom_l64", pretrained, **kwargs)
 
 
 @register_model
 def vix_base_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-B/16 with the relu kernel, 64 features."""
-    return _vix_imagenet(
-        "vix_base_patch16_224_performer_relu_m64",
-        "performer_relu_m64",
-        "base",
-        pretrained,
-        **kwargs,
-    )
+    return _vix_imagenet("vix_base_patch16_224_performer_relu_m64", pretrained, **kwargs)
 
 
 @register_model
 def vix_base_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-B/16 with positive random features, 64 of them."""
-    return _vix_imagenet(
-        "vix_base_patch16_224_performer_softmax_m64",
-        "performer_softmax_m64",
-        "base",
-        pretrained,
-        **kwargs,
-    )
+    return _vix_imagenet("vix_base_patch16_224_performer_softmax_m64", pretrained, **kwargs)
 
 
 @register_model
 def vix_base_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
     """ViT-B/16 with Nyström attention, 64 landmarks."""
-    return _vix_imagenet(
-        "vix_base_patch16_224_nystrom_l64", "nystrom_l64", "base", pretrained, **kwargs
-    )
+    return _vix_imagenet("vix_base_patch16_224_nystrom_l64", pretrained, **kwargs)
