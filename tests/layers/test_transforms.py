@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import timm
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import (
 )
 
 from timm_xformers.layers.factory import attention_class
-from timm_xformers.layers.performer import cpu_blocks
+from timm_xformers.layers.performer import PerformerAttention, cpu_blocks
 
 NAMES = [
     "softmax",
@@ -204,30 +205,59 @@ def test_export_with_a_free_batch(name, training, sizes):
     if sizes == "large":
         pytest.skip("exported graphs hold the plain form")
     layer = build(name).train(training)
-    for batch in (torch.export.Dim("batch", min=1, max=64), torch.export.Dim.AUTO):
-        with torch.set_grad_enabled(training):
-            program = torch.export.export(layer, (tokens(2),), dynamic_shapes=({0: batch},))
-        for B in (1, 3, 40):
-            torch.testing.assert_close(program.module()(tokens(B)), layer(tokens(B)))
+    batch = torch.export.Dim.AUTO if training else torch.export.Dim("batch", min=1, max=64)
+    with torch.set_grad_enabled(training):
+        program = torch.export.export(layer, (tokens(2),), dynamic_shapes=({0: batch},))
+    for B in (1, 3, 40):
+        torch.testing.assert_close(program.module()(tokens(B)), layer(tokens(B)))
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        ("performer_relu_m64", True),
+        *(
+            pytest.param(name, training, marks=pytest.mark.slow)
+            for name in (None, "softmax", "performer_softmax_m16", "fnet")
+            for training in (False, True)
+        ),
+    ],
+)
+def test_export_with_free_batch_height_and_width(name, training, sizes):
+    """As timm's own ViT, the first case, exports with ``dynamic_img_size``."""
+    if sizes == "large":
+        pytest.skip("exported graphs hold the plain form")
+    slot = {} if name is None else {"attn_layer": name}
+    model = timm.create_model(
+        "vit_tiny_patch16_224", depth=1, embed_dim=8, num_heads=2, patch_size=4, img_size=32,
+        dynamic_img_size=True, **slot,
+    ).train(training)  # fmt: skip
+    rows, cols = (4 * torch.export.Dim(side, min=2, max=64) for side in ("rows", "cols"))
+    free = {0: torch.export.Dim("batch", min=1, max=64), 2: rows, 3: cols}
+    with torch.set_grad_enabled(training):
+        program = torch.export.export(model, (torch.randn(2, 3, 32, 24),), dynamic_shapes=(free,))
+    for shape in ((1, 3, 32, 32), (3, 3, 40, 16)):
+        x = torch.randn(*shape)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_with_free_sizes(name, training, sizes):
+def test_compiled_with_a_free_batch(name, sizes):
     if sizes == "large":
         pytest.skip("compiled graphs hold the plain form")
-    layer = build(name).train(training)
+    layer = build(name)
     torch._dynamo.reset()
     compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
     for B in (2, 3, 40):
-        x, other = (tokens(B).requires_grad_(training) for _ in range(2))
-        with torch.set_grad_enabled(training):
-            out, expected = compiled(x), layer(other)
+        x, other = (tokens(B).requires_grad_() for _ in range(2))
+        out, expected = compiled(x), layer(other)
         torch.testing.assert_close(out, expected)
-        if training:
-            out.square().sum().backward()
-            expected.square().sum().backward()
-            torch.testing.assert_close(x.grad, other.grad)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(x.grad, other.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected.detach())
 
 
 def test_parts_left_out_of_a_projection_still_run():
@@ -239,3 +269,25 @@ def test_parts_left_out_of_a_projection_still_run():
         for part in ("qkv", "proj"):
             setattr(layer, part, nn.Sequential(getattr(layer, part)))
         torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", ["vix_performer_relu_m64", "vix_performer_softmax_m32"])
+def test_features_as_frozen_parameters(name, sizes):
+    """What the documentation says for Opacus, which refuses modules with buffers."""
+    if sizes == "large":
+        pytest.skip("the same as the small size")
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=8, depth=2, num_classes=3).eval()
+    state, x = model.state_dict(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    for layer in model.modules():
+        if isinstance(layer, PerformerAttention):
+            features = layer.features
+            del layer.features
+            layer.features = nn.Parameter(features, requires_grad=False)
+    assert not list(model.buffers())
+    assert model.state_dict().keys() == state.keys()
+    torch.testing.assert_close(model(x), expected, atol=0, rtol=0)
+    model.load_state_dict(state)
+    model(x).sum().backward()
+    assert model.blocks[0].attn.features.grad is None
