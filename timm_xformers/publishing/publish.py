@@ -125,7 +125,9 @@ def _stage(run: FinishedRun, repo_id: str, license: str, folder: Path) -> dict[s
         files[name].write_text(text, encoding="utf-8", newline="")
 
     model: Any = build_model(f"local-dir:{best}")[0]
-    config = run.config | {"pretrained_cfg": {**run.config["pretrained_cfg"], "license": license}}
+    config = run.config | {
+        "pretrained_cfg": {**run.config.get("pretrained_cfg", {}), "license": license}
+    }
     record = public(dataclasses.asdict(run.record))
     add("config.json", json.dumps(config, indent=2) + "\n")
     add("README.md", write_card(_card(run, repo_id, license, getattr(model, "attn_layer", ""))))

@@ -132,11 +132,42 @@ def _stored_arguments(name: str) -> dict[str, Any]:
     prefix, _, folder = name.partition(":")
     if prefix != "local-dir":
         return {}
+    path = Path(folder) / "config.json"
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return dict(config.get("model_args") or {})
-    except (AttributeError, OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json is damaged: {_one_line(error)}") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {_one_line(error)}") from error
+    odd = _odd_entry(config)
+    if odd is not None:
+        raise UserError(f"{path} is no configuration of timm's: {odd}; write the folder again.")
+    return dict(config.get("model_args") or {})
+
+
+def _odd_entry(config: Any) -> str | None:
+    """What in a config.json is not as timm and we read it; None if all is."""
+    if not isinstance(config, dict):
+        return "it holds no mapping"
+    if not isinstance(config.get("architecture"), str):
+        return "architecture names no model"
+    expected = {"num_classes": int, "model_args": dict, "pretrained_cfg": dict}
+    for name, kind in (expected | {"label_names": (list, dict)}).items():
+        value = config.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            return f"{name}={str(value)[:40]!r} is of the wrong kind"
+    if (config.get("num_classes") or 0) < 0:
+        return f"num_classes={config['num_classes']} is below 0"
+    source = config.get("pretrained_cfg") or {}
+    size = source.get("input_size")
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
+    ):
+        return f"input_size={str(size)[:40]!r} is no list of channels, height and width"
+    for name in ("mean", "std"):
+        values = source.get(name)
+        values = values if isinstance(values, list) else [values]
+        if not all(v is None or isinstance(v, (int, float)) for v in values):
+            return f"{name}={str(source[name])[:40]!r} is no list of numbers"
+    return None
 
 
 def _one_line(error: BaseException) -> str:
