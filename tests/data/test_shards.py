@@ -187,3 +187,62 @@ def test_writing_refuses_full_folders_and_damaged_images(image_folder, shards, t
     (image_folder / "train" / "red" / "1.png").write_bytes(b"none")
     with pytest.raises(UserError, match=r"Cannot read image .*1[.]png"):
         write_shards(recipe, tmp_path / "new", 5)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        "[1]",
+        "{",
+        '{"splits": 3}',
+        '{"splits": {"train": 3}}',
+        '{"splits": {"train": {"filenames": "train-0000.tar"}}}',
+        '{"splits": {"train": {"filenames": [1]}}}',
+        '{"splits": {"train": {"filenames": ["train-0000.tar"], "shard_lengths": [5, 5]}}}',
+        '{"splits": {"train": {"filenames": ["train-0000.tar"], "shard_lengths": ["5"]}}}',
+        '{"class_names": {"a": 0}}',
+        '{"class_names": [1, 2]}',
+        "[" * 5000,
+    ],
+)
+def test_odd_descriptions_are_one_sentence(shards, info):
+    (shards / "_info.json").write_text(info)
+    with pytest.raises(UserError, match=r"_info[.]json is no description of shards: .*; repair or"):
+        opened(shards)
+
+
+def test_labels_out_of_range_never_widen_a_model(shards, image_folder):
+    png = (image_folder / "train" / "red" / "1.png").read_bytes()
+    (shards / "_info.json").unlink()
+    for label, words in ((99, "99 is the highest"), (-1, "Label -1 is out of range")):
+        members = [
+            (f"{n}.{kind}", value)
+            for n in range(8)
+            for kind, value in (("png", png), ("cls", str(n % 2 if n < 7 else label).encode()))
+        ]
+        write_tar(shards / "train-0000.tar", members)
+        with pytest.raises(UserError, match=words):
+            open_data(
+                Recipe(
+                    data="wds/x",
+                    data_dir=str(shards),
+                    train_split="train-0000.tar",
+                    val_fraction=0.3,
+                    test_split="none",
+                )
+            )
+
+
+def test_the_same_tar_is_never_in_two_splits(shards):
+    with pytest.raises(UsageError, match="would share images"):
+        opened(shards, train_split="train-{0000..0002}.tar", test_split="train-0002.tar")
+    with pytest.raises(UsageError, match="would share images"):
+        opened(shards, val_split="validation", test_split="validation")
+
+
+def test_two_images_of_one_name_are_refused(shards, image_folder):
+    png = (image_folder / "train" / "red" / "1.png").read_bytes()
+    (shards / "_info.json").unlink()
+    write_tar(shards / "train-0000.tar", [("a.png", png), ("a.jpg", png), ("a.cls", b"1")])
+    with pytest.raises(UserError, match=r"a in .* has two images"):
+        opened(shards)

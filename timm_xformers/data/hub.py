@@ -103,22 +103,27 @@ class HubSplits:
         """A split, or an expression such as ``train[:90%]``.
 
         Raises:
-            UserError: There is none, or it has no column of pictures or of classes.
+            UserError: It cannot be read, or has no column of pictures or of classes.
         """
-        if split not in self.splits and re.fullmatch(r"[\w.-]+", split):
-            raise UserError(
-                f"{self.name} has no split {split!r}; it has {plain(', '.join(self.splits))}."
-            )
         return self._tried(self._images, split)
 
     def ranges(self, split: str) -> list[tuple[str, float, float]]:
-        """Split, first row and row after the last, of a split or of each part of an expression."""
+        """Split, first row and row after the last, of a split or of each part of an expression.
+
+        Raises:
+            UserError: There is no such split.
+        """
         import datasets
 
         if split in self.splits:
             return [(split, 0, math.inf)]
+        if re.fullmatch(r"[\w.-]+", split):
+            raise UserError(
+                f"{self.name} has no split {split!r}; it has {plain(', '.join(self.splits))}."
+            )
         sizes = {name: len(rows) for name, rows in self.splits.items()}
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+        spec = self._tried(datasets.ReadInstruction.from_spec, split)
+        parts: Any = self._tried(spec.to_absolute, sizes)
         return [(part.splitname, part.from_, part.to) for part in parts]
 
     def _images(self, split: str) -> HubImages:
