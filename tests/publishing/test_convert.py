@@ -83,6 +83,17 @@ def test_folder_of_float16_weights(finished_run, tmp_path):
         convert(open_finished(finished_run), tmp_path / "half")
 
 
+def test_what_a_killed_convert_left_goes_and_nothing_else(finished_run, tmp_path):
+    left = tmp_path / ".txf-0123abcd-half"
+    kept = [tmp_path / name for name in (".txf-0123abcd-other", "half.tmp-1", "notes.tmp-2")]
+    for folder in (left, *kept):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    convert(open_finished(finished_run), tmp_path / "half")
+    assert not left.exists()
+    assert all((folder / "model.safetensors").exists() for folder in kept)
+
+
 def test_adding_writes_everything_that_belongs_to_it(finished_run, checkout):
     run = open_finished(finished_run)
     entry, record = add_to_package(run, checkout)

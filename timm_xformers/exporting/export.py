@@ -6,7 +6,6 @@ compared with the model on batches of several sizes; only then does it get the n
 
 import importlib.util
 import json
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, UserError, require_extra
 from timm_xformers.exporting.int8 import quantize_weights
-from timm_xformers.files.atomic import write_text
+from timm_xformers.files.atomic import scratch_folder, write_text
 from timm_xformers.training.build import build_model, check_input
 from timm_xformers.training.checkpoint import ModelInfo, save_best
 
@@ -118,8 +117,8 @@ def export(
         example = images[-1 if batch_size else 1]
         return _WRITERS[path.suffix](model, example, fresh, batch_size is None, opset)
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".txf-") as scratch:
-        fresh = Path(scratch) / path.name
+    with scratch_folder(path) as scratch:
+        fresh = scratch / path.name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of exporters about themselves
@@ -145,8 +144,8 @@ def export(
                 f"{'leave --int8 away' if int8 else 'try another format, or a fixed --batch-size'}."
             )
         same = [a.argmax(1) == b.argmax(1) for a, b in zip(found, logits, strict=True)]
-        files = list(Path(scratch).iterdir())
-        size = sum(file.stat().st_size for file in Path(scratch).rglob("*") if file.is_file())
+        files = list(scratch.iterdir())
+        size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
         del run  # it may hold the file open
         for file in files:
             file.replace(path.parent / file.name)

@@ -21,6 +21,7 @@ __all__ = [
     "find_damage",
     "previous_of",
     "recover",
+    "scratch_folder",
     "sha256_of",
     "sweep",
     "write_file",
@@ -120,10 +121,28 @@ def write_folder(path: Path, *, keep_previous: bool = False) -> Iterator[Path]:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def sweep(root: Path) -> None:
-    """Remove what killed processes left half written or half removed."""
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside a path, for files that take their places there when all are right."""
+    sweep(path.parent, path.name)
+    folder = _hidden(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(root: Path, name: str = "") -> None:
+    """Remove what killed processes left half written or half removed.
+
+    Args:
+        root: Where.
+        name: Of what they were writing; empty: of anything.
+    """
     for path in root.iterdir():
-        if not UNFINISHED.match(path.name):
+        started = UNFINISHED.match(path.name)
+        if not started or (name and path.name[started.end() :] != name):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from timm_xformers.errors import UsageError, UserError
-from timm_xformers.files.atomic import write_folder
+from timm_xformers.files.atomic import sweep, write_folder
 from timm_xformers.predicting.evaluate import evaluate
 from timm_xformers.publishing.finished_run import WEIGHTS_FILE, FinishedRun
 from timm_xformers.records.results_json import Record
@@ -24,6 +24,7 @@ def convert(run: FinishedRun, folder: Path, data_dir: str | None = None) -> Reco
     if folder.exists():
         raise UsageError(f"{folder} exists; choose another --output.")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent, folder.name)  # of a convert that was killed
     with write_folder(folder) as fresh:
         write_float16(run, fresh)
         record = evaluate_float16(run, fresh, run.record.model, data_dir)
