@@ -126,7 +126,7 @@ class ConvEmbed(GridEmbed):
             conv_layer(widths[i], widths[i + 1], 3, padding=1, **dd) for i in range(3)
         )
         # One each: what attributes outputs to inputs (DeepLift) follows a module, not its calls.
-        self.acts = nn.ModuleList(act_layer() for _ in range(2))
+        self.acts = nn.ModuleList([act_layer(), act_layer(), nn.Identity()])
         self.set_input_size(img_size, patch_size)
 
     def set_input_size(
@@ -163,9 +163,8 @@ class ConvEmbed(GridEmbed):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to (B, embed_dim, rows, columns)."""
-        x = self.convs[0](x)
-        for act, conv in zip(self.acts, self.convs[1:]):  # noqa: B905  (TorchScript has no strict)
-            x = conv(act(x))
+        for conv, act in zip(self.convs, self.acts):  # noqa: B905  (TorchScript has no strict)
+            x = act(conv(x))
         return x
 
 
