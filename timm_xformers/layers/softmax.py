@@ -57,7 +57,10 @@ class SoftmaxAttention(HeadsAttention):
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Exact attention per head, (B, H, N, D)."""
-        if not torch.jit.is_scripting() and not use_fused_attn():
+        forbidden = False
+        if not torch.jit.is_scripting():  # a condition of its own, see `heads`
+            forbidden = not use_fused_attn()
+        if forbidden:
             # As timm has it: AttentionExtract finds the maps at attn_drop.
             weights = attention_map(q, k, attn_mask, is_causal).to(v.dtype)
             mixed: Tensor = self.attn_drop(weights) @ v
