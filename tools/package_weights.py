@@ -41,7 +41,7 @@ def add_to_package(
     """Put the weights of a run into a checkout's package, with all that belongs to them.
 
     Writes the weights, the record of their test, the run's record and recipe, the manifest, and
-    what is generated from these: cards and the README's table.
+    what is generated from these: cards and tables.
 
     Args:
         run: A run of one of our models, as it is named, on a data set that gives a tag.

@@ -1,4 +1,4 @@
-"""Write model_cards/ and the README's table of results anew, from the records of this checkout."""
+"""Write model_cards/ and the tables of the README and docs/ anew, from the records."""
 
 import sys
 
