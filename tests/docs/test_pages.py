@@ -43,8 +43,8 @@ def blocks(page):
 def commands(code):
     """The words of each command of timm-xformers, without the program's name."""
     lines = code.replace("\\\n", " ").splitlines()
-    found = [re.search(r"(?:^|bin/)timm-xformers (.*)", line) for line in lines]
-    return [shlex.split(line[1]) for line in found if line and "…" not in line[1]]
+    found = [re.search(r"(?:^|bin/)timm-xformers ([^>|]*)", line) for line in lines]
+    return [shlex.split(line[1], comments=True) for line in found if line and "..." not in line[1]]
 
 
 def runnable(page):
