@@ -158,8 +158,9 @@ def test_missing_rights_are_one_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     assert main(["train", *TINY, "--output", "file/run"]) == 1
     assert "choose another --output" in capsys.readouterr().err
-    command = ["evaluate", "--model", "vit_tiny_patch16_224", "--output", "nowhere/r.json"]
-    monkeypatch.setattr("timm_xformers.predicting.evaluate.evaluate", lambda *_: RECORD)
+    command = ["evaluate", "--json", "--model", "vit_tiny_patch16_224"]
+    command += ["--output", "nowhere/r.json"]
+    monkeypatch.setattr("timm_xformers.predicting.evaluate.evaluate", lambda *_, **__: RECORD)
     assert main(command) == 1
     assert "nowhere/r.json: No such file or directory" in capsys.readouterr().err
     (tmp_path / "runs").write_text("")
