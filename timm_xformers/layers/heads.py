@@ -23,6 +23,7 @@ __all__ = [
     "attend",
     "attention_map",
     "autocasts",
+    "may_fuse",
     "working_dtype",
 ]
 
@@ -47,6 +48,14 @@ def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def may_fuse() -> bool:
+    """Whether timm allows PyTorch's fused attention; TorchScript cannot ask, and may."""
+    allowed = True
+    if not torch.jit.is_scripting():
+        allowed = use_fused_attn()
+    return allowed
+
+
 def _forms_map(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether to form the map instead of calling PyTorch's fused attention.
 
@@ -54,12 +63,7 @@ def _forms_map(q: Tensor, k: Tensor, v: Tensor) -> bool:
     maps. Small maps that a CPU trains in bfloat16 are faster: 22 times at 16 tokens, twice at 196,
     even at 512 (docs/speed.md, with AMX).
     """
-    forbidden = False
-    if not torch.jit.is_scripting():  # a condition of its own: TorchScript cannot read the switch
-        forbidden = not use_fused_attn()
-    if forbidden:
-        return True
-    return (
+    return not may_fuse() or (
         q.dtype == torch.bfloat16
         and q.device.type == "cpu"
         and torch.is_grad_enabled()

@@ -6,10 +6,9 @@ N^2 * D per head; memory as N * D with PyTorch's fused kernels.
 
 import torch
 import torch.fx
-from timm.layers import use_fused_attn
 from torch import Tensor
 
-from timm_xformers.layers.heads import HeadsAttention, attend, attention_map
+from timm_xformers.layers.heads import HeadsAttention, attend, attention_map, may_fuse
 
 __all__ = ["SoftmaxAttention", "softmax_attention"]
 
@@ -57,10 +56,7 @@ class SoftmaxAttention(HeadsAttention):
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Exact attention per head, (B, H, N, D)."""
-        forbidden = False
-        if not torch.jit.is_scripting():  # a condition of its own, see `heads`
-            forbidden = not use_fused_attn()
-        if forbidden:
+        if not may_fuse():
             # As timm has it: AttentionExtract finds the maps at attn_drop.
             weights = attention_map(q, k, attn_mask, is_causal).to(v.dtype)
             mixed: Tensor = self.attn_drop(weights) @ v

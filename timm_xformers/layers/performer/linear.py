@@ -109,6 +109,20 @@ def _causal_mix(log_q: Tensor, log_k: Tensor, v: Tensor, bias: Tensor | None) ->
     return out * (top > -1e29)  # zero for a query without keys
 
 
+def _causal_positive_mix(phi_q: Tensor, phi_k: Tensor, v: Tensor, chunk: int = 128) -> Tensor:
+    """`positive_mix` where token i sees tokens 0..i: chunks in order, one running state."""
+    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # sums and normaliser
+    state = torch.zeros_like(phi_k[:, :, :1].transpose(-2, -1) @ v[:, :, :1])  # (B, H, m, E + 1)
+    chunks: list[Tensor] = []
+    for start in range(0, v.shape[2], chunk):
+        a, b = phi_q[:, :, start : start + chunk], phi_k[:, :, start : start + chunk]
+        values = v[:, :, start : start + chunk]
+        chunks.append((a @ b.transpose(-2, -1)).tril() @ values + a @ state)
+        state = state + b.transpose(-2, -1) @ values
+    x = torch.cat(chunks, dim=2)
+    return x[..., :-1] / x[..., -1:].clamp_min(1e-7)
+
+
 def mix_features(
     fq: Tensor, fk: Tensor, v: Tensor, logarithmic: bool, attn_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
@@ -132,8 +146,10 @@ def mix_features(
     bias: Tensor | None = None
     if keep is not None and attn_mask is not None:
         bias = key_bias(attn_mask, keep, fk.dtype)
+    if is_causal and not logarithmic and bias is None:
+        return _causal_positive_mix(fq, fk, v)
     if is_causal:
-        if not logarithmic:
+        if not logarithmic:  # a bias may outweigh all keys that came before
             fq, fk = fq.log(), fk.log()
         return _causal_mix(fq, fk, v, bias)
     if logarithmic:
