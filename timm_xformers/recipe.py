@@ -54,7 +54,7 @@ CAME_LATER = {
 }
 # Arguments of timm.create_model that settings of their own decide, or that no recipe may set.
 NOT_MODEL_KWARGS = (
-    *("img_size", "in_chans", "num_classes", "pretrained", "drop_path_rate", "patch_drop_rate"),
+    *("img_size", "in_chans", "num_classes", "pretrained", "drop_path_rate"),
     *("checkpoint_path", "model_name", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
     *("scriptable", "exportable", "no_jit"),
 )

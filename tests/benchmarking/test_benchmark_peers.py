@@ -81,7 +81,8 @@ def test_linformer():
 
 
 def test_local_1d():
-    ours, theirs, layer = pair("local-attention", "local1d_w16", WIDE)
+    layout = {"grid_size": (1, WIDE.tokens), "num_prefix_tokens": 0}
+    ours, theirs, layer = pair("local-attention", "local1d_w16", WIDE, **layout)
     with torch.no_grad():
         layer.qkv.load_state_dict(ours.qkv.state_dict())
         layer.proj.load_state_dict(ours.proj.state_dict())

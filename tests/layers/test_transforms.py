@@ -69,7 +69,7 @@ def unfused():
 def build(name, seed=0, **kwargs):
     torch.manual_seed(seed)
     layer = attention_class(name)(8, 2, dtype=torch.float64, **kwargs)
-    if name.endswith("_shifted"):
+    if "local" in name:
         layer.set_layout((5, 5), 0, depth=1)
     return layer
 

@@ -167,7 +167,11 @@ class FlatWindowBlock(GridWindowBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to the same."""
         B, H, W, C = x.shape
-        return super().forward(x.reshape(B, 1, H * W, C)).reshape(B, H, W, C)
+        x = x.reshape(B, 1, H * W, C)
+        # Not by super().forward, which TorchScript cannot call.
+        x = x + self.drop_path1(self._attn(self.norm1(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x.reshape(B, H, W, C)
 
 
 # Sizes decide what is padded, which torch.fx cannot follow: it calls these as they are.
