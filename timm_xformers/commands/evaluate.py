@@ -13,7 +13,7 @@ from timm_xformers.recipe import Recipe, load_recipe
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "measure a model's accuracy, with its 95 %% interval"
+HELP = "measure a model's accuracy, with its 95-percent interval"
 # What a run folder says of its data, for evaluating it on that.
 DATA_FIELDS = (
     *("data", "data_dir", "labels", "train_split", "val_split", "test_split", "classes"),
