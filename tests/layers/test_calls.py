@@ -28,11 +28,13 @@ NAMES = [
     "local2d_w4",
     "local1d_w16_shifted",
     "local2d_w4_shifted",
+    "softmax_dwc",
+    "linformer_k32_dwc",
 ]
 SOME = ["performer_softmax_m16", "performer_relu_m64", "nystrom_l16", "linformer_k32", "local2d_w4"]
 # Queries, keys and values of some KiB, and of 37 MiB: more than an allocator keeps at hand.
 SHAPES = [(1, 32, 4), (8, 32, 4), (128, 384, 4)]
-PARTS = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
+PARTS = ("qkv", "q_norm", "k_norm", "dwc", "norm", "gate", "proj", "proj_drop")
 FAMILIES = {
     "vix_performer_relu_m64": {"depth": 2},
     "vix_linformer": {"depth": 2},
@@ -49,7 +51,7 @@ def build(name, dim=32, num_heads=4, **kwargs):
     torch.manual_seed(0)
     settings = {"qk_norm": True, "scale_norm": True, "norm_layer": nn.LayerNorm, **kwargs}
     layer = attention_class(name)(dim, num_heads, qkv_bias=True, **settings)
-    if name.startswith("local"):
+    if name.startswith("local") or name.endswith("dwc"):
         layer.set_layout((8, 8), 1, depth=int(name.endswith("_shifted")))
     return layer
 
@@ -163,7 +165,7 @@ def test_takes_the_arguments_of_timms_attention(name):
     timms = inspect.signature(Attention).parameters
     ours = inspect.signature(HeadsAttention).parameters
     if "gated" in timms:  # timm 1.0.31
-        assert list(ours) == list(timms)
+        assert list(ours) == [*timms, "dwc"]
     for argument, parameter in timms.items():
         assert ours[argument].default == parameter.default, argument
         assert ours[argument].kind == parameter.kind, argument

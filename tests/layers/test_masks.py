@@ -18,8 +18,9 @@ NAMES = [
     "local1d_w16",
     "local2d_w4",
     "local2d_w4_shifted",
+    "softmax_dwc",
 ]
-PAIRWISE = [name for name in NAMES if name.startswith(("softmax", "local"))]
+PAIRWISE = ["softmax", *(name for name in NAMES if name.startswith("local"))]
 N, H = 50, 4
 NEVER = {
     "minus infinity": float("-inf"),
@@ -33,7 +34,7 @@ NEVER = {
 def build(name, **kwargs):
     torch.manual_seed(0)
     layer = attention_class(name)(32, H, **kwargs).eval()
-    if name.startswith("local"):
+    if layer.needs_layout:
         layer.set_layout((7, 7), 1, depth=1)
     return layer
 

@@ -22,18 +22,20 @@ NAMES = [
     "linformer_k32",
     "local1d_w16",
     "local2d_w4",
+    "softmax_dwc",
     "fnet",
 ]
 # They take seconds to trace, and run code that the names beside them run.
 SLOW_TO_TRACE = {f"performer_{kernel}_m32" for kernel in ("exp", "gelu", "elu")} | {"nystrom_l16"}
 WITH_HEADS = [name for name in NAMES if name != "fnet"]
-CAUSAL = [n for n in WITH_HEADS if n.startswith(("softmax", "performer", "local"))]
-PAIRWISE = [n for n in WITH_HEADS if n.startswith(("softmax", "local"))]
+ANY_ORDER = [n for n in NAMES if n.startswith(("softmax", "performer")) and "dwc" not in n]
+CAUSAL = [n for n in WITH_HEADS if n in ANY_ORDER or n.startswith("local")]
+PAIRWISE = ["softmax", *(n for n in WITH_HEADS if n.startswith("local"))]
 
 
 def tell(layer, N):
-    """Windows have to know the grid: here a square behind as many prefix tokens as are left."""
-    if layer.mechanism.startswith("local"):
+    """Some have to know the grid: here a square behind as many prefix tokens as are left."""
+    if getattr(layer, "needs_layout", False):
         side = int(N**0.5)
         layer.set_layout((side, side), N - side * side)
     return layer
@@ -128,9 +130,7 @@ def test_batch_of_one_agrees_and_repeats_bit_for_bit(name):
     torch.testing.assert_close(out[:1], layer(x[:1]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in NAMES if n.startswith(("softmax", "performer")) and "causal" not in n]
-)
+@pytest.mark.parametrize("name", ANY_ORDER)
 def test_permuting_tokens_permutes_the_result(name):
     layer = build(name).double().eval()
     x = tokens(37, dtype=torch.float64)
@@ -259,7 +259,8 @@ def test_bound_classes_are_shared_and_take_overrides():
         attention_class("nystrom_64")
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+# The option is the same code for every mechanism (test_depthwise.py).
+@pytest.mark.parametrize("name", [n for n in ATTENTION if not n.endswith("_dwc")])
 def test_every_name_builds_and_runs(name):
     layer = build(name, N=65)
     if name.endswith("_shifted"):

@@ -41,6 +41,7 @@ NAMES = [
     "local1d_w16",
     "local2d_w4",
     "local2d_w4_shifted",
+    "softmax_dwc",
     "fnet",
 ]
 # PyTorch has no batching rule for its fused attention, and takes one call after another.
@@ -69,7 +70,7 @@ def unfused():
 def build(name, seed=0, **kwargs):
     torch.manual_seed(seed)
     layer = attention_class(name)(8, 2, dtype=torch.float64, **kwargs)
-    if "local" in name:
+    if "local" in name or "dwc" in name:
         layer.set_layout((5, 5), 0, depth=1)
     return layer
 

@@ -18,7 +18,7 @@ from timm.layers import register_notrace_module
 from torch import nn
 
 from timm_xformers.layers.fnet import FNetMixing
-from timm_xformers.layers.heads import HeadsAttention
+from timm_xformers.layers.heads import WITH_DWC, HeadsAttention
 from timm_xformers.layers.linformer import LinformerAttention
 from timm_xformers.layers.local import Local1dAttention, Local2dAttention
 from timm_xformers.layers.nystrom import NystromAttention
@@ -64,8 +64,12 @@ ATTENTION: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         )
         for w in (4, 7, 8, 14, 16)
     },
-    "fnet": (FNetMixing, {}),
 }
+# Each also with the convolution of the values on the grid, which FNet has no values for.
+ATTENTION |= {
+    f"{name}_dwc": (kind, {**fixed, "dwc": True}) for name, (kind, fixed) in ATTENTION.items()
+}
+ATTENTION["fnet"] = (FNetMixing, {})
 
 # timm's graph extraction looks at subclasses too, so the bases cover every bound class. Control
 # flow that depends on the number of tokens is theirs to keep.
@@ -100,6 +104,9 @@ def _bind(name: str, settings: _Settings) -> type[nn.Module]:
     )
     bound.__module__ = __name__
     bound.recipe = (name, settings)
+    if numbers.get("dwc") and issubclass(base, HeadsAttention):
+        for key, value in WITH_DWC.items():  # models ask the class before they build it
+            setattr(bound, key, value)
     made: type[nn.Module] = bound
     return made
 

@@ -65,9 +65,10 @@ class FNetMixing(nn.Module):
         norm_layer: See ``dim``.
         device: See ``dim``.
         dtype: See ``dim``.
+        dwc: Must be False; there are no values to convolve.
 
     Raises:
-        ValueError: ``attn_drop`` is set.
+        ValueError: ``attn_drop`` or ``dwc`` is set.
     """
 
     mechanism = "fnet"
@@ -88,8 +89,15 @@ class FNetMixing(nn.Module):
         norm_layer: Callable[..., nn.Module] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        dwc: bool = False,
     ) -> None:
         super().__init__()
+        if dwc:
+            raise ValueError(
+                "fnet mixes tokens without values of their own, so dwc=True has nothing to "
+                "convolve; use another mechanism."
+            )
         if attn_drop > 0:
             raise ValueError(
                 f"fnet has no map to drop entries of, so attn_drop={attn_drop} cannot be honoured; "

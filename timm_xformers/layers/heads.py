@@ -5,6 +5,9 @@ and parameter names (``qkv, q_norm, k_norm, norm, gate, proj``), so that weights
 load into every mechanism. Each of these modules is called exactly once per forward pass, with all
 tokens, whatever the mode and size: hooks, pruning, quantisation and norms over the batch rely on
 it. A mechanism overrides `mix`, which begins at queries, keys and values.
+
+Every mechanism also takes ``dwc=True``: a depthwise convolution of the values on the token grid,
+added to what it mixes (`depthwise`).
 """
 
 import logging
@@ -12,13 +15,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_xformers.layers.depthwise import GridConv, values_to_convolve
 from timm_xformers.layers.masks import check_kind
 
 __all__ = [
+    "WITH_DWC",
     "HeadsAttention",
     "attend",
     "attention_map",
@@ -30,6 +36,16 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _EXACT_PARTS = frozenset({"qkv", "q_norm", "k_norm", "norm", "gate", "proj"})
+
+# What a mechanism can do no longer, or needs, once it convolves values on the grid. The masks of
+# all mechanisms with heads include those over keys.
+WITH_DWC: dict[str, Any] = {
+    "convolves": True,
+    "needs_layout": True,
+    "needs_fixed_grid": True,
+    "causal": False,
+    "masks": "keys",
+}
 
 
 def working_dtype(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
@@ -152,6 +168,10 @@ def attend(
     return x * alive
 
 
+# The mask decides what is computed, which torch.fx cannot follow: it calls this as it is.
+torch.fx.wrap("values_to_convolve")
+
+
 class HeadsAttention(nn.Module):
     """Projections around a mixing rule: tokens (B, N, C) to (B, N, dim_out).
 
@@ -171,6 +191,9 @@ class HeadsAttention(nn.Module):
         norm_layer: Constructor of the norms above.
         device: Where to create the parameters.
         dtype: Type of the parameters.
+        dwc: Add a 3 x 3 depthwise convolution of the values on the token grid, zero at the start.
+            The layer must be told the grid by `set_layout`, takes masks over keys only, and is
+            never causal.
 
     Raises:
         ValueError: ``dim`` is not a multiple of ``num_heads`` and no ``attn_head_dim`` is given, a
@@ -181,6 +204,8 @@ class HeadsAttention(nn.Module):
     # What a mechanism can do, as `timm-xformers models --attention` lists it.
     mechanism = "heads"
     has_map = True
+    convolves = False
+    needs_layout = False
     needs_fixed_grid = False
     causal = True
     masks = "any"  # or "keys" (one row for all queries), or "none"
@@ -201,6 +226,8 @@ class HeadsAttention(nn.Module):
         norm_layer: Callable[..., nn.Module] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        dwc: bool = False,
     ) -> None:
         super().__init__()
         if attn_head_dim is None and dim % num_heads:
@@ -218,6 +245,8 @@ class HeadsAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = attn_head_dim or dim // num_heads
         self.attn_dim = self.num_heads * self.head_dim
+        self.grid_size: tuple[int, int] | None = None
+        self.num_prefix_tokens = 0
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         make_norm: Callable[..., nn.Module] = norm_layer or nn.Identity
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
@@ -226,10 +255,42 @@ class HeadsAttention(nn.Module):
         # Rotary positions, if a model sets them (layers/rotary.py).
         self.rope: nn.Module = nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
+        self.dwc = GridConv(self.attn_dim, **dd) if dwc else None
+        if dwc:
+            for name, value in WITH_DWC.items():
+                setattr(self, name, value)
         self.norm = make_norm(self.attn_dim, **dd) if scale_norm else nn.Identity()
         self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **dd) if gated else None
         self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def set_layout(
+        self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
+    ) -> None:
+        """Tell where tokens lie, and which block this is.
+
+        Args:
+            grid_size: Rows and columns of the token grid.
+            num_prefix_tokens: Tokens before the grid.
+            depth: Index of the block.
+        """
+        self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
+
+    def told_grid(self) -> tuple[int, int]:
+        """Rows and columns of the token grid.
+
+        Raises:
+            ValueError: Nobody has told them.
+        """
+        grid = self.grid_size
+        if grid is None:
+            option = " with dwc" if self.convolves else ""
+            raise ValueError(
+                f"{self.mechanism} attention{option} has not been told where tokens lie; call "
+                "timm_xformers.set_token_layout(model) once, or set_layout(grid_size, "
+                "num_prefix_tokens, depth) on each layer."
+            )
+        return grid
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) to queries, keys and values, (B, H, N, D) each."""
@@ -247,6 +308,19 @@ class HeadsAttention(nn.Module):
     ) -> Tensor:
         """Queries, keys, values (B, H, N, D) to mixed values (B, H, N, D)."""
         raise NotImplementedError
+
+    def mix_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """`mix`, heads side by side, and the convolution of the values: (B, N, H * D)."""
+        mixed = self.mix(q, k, v, attn_mask, is_causal)
+        # The number of channels is no -1: there may be no image.
+        mixed = mixed.transpose(1, 2).reshape(mixed.shape[0], mixed.shape[2], self.attn_dim)
+        if self.dwc is not None:
+            # Linformer may have one head of values for all.
+            values = values_to_convolve(v, attn_mask, is_causal, self.num_heads)
+            mixed = mixed + self.dwc(values, self.told_grid(), self.num_prefix_tokens)
+        return mixed
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) to queries, keys and values as `mix` takes them, (B, H, N, D) each."""
@@ -268,8 +342,7 @@ class HeadsAttention(nn.Module):
             (B, N, dim_out).
         """
         q, k, v = self.project(x)
-        mixed = self.mix(q, k, v, attn_mask, is_causal)
-        mixed = self.norm(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], self.attn_dim))
+        mixed = self.norm(self.mix_tokens(q, k, v, attn_mask, is_causal))
         if self.gate is not None:
             mixed = mixed * self.gate(x).sigmoid()
         out: Tensor = self.proj_drop(self.proj(mixed))
@@ -280,20 +353,24 @@ class HeadsAttention(nn.Module):
     ) -> None:
         # A checkpoint of exact attention knows nothing of features, projections or residual
         # convolutions: these keep their initial values, and the log says so. A checkpoint that
-        # holds some of them and lacks others is damaged, and fails as usual.
-        own = {
-            name: value
-            for name, value in self.state_dict().items()
-            if name.split(".")[0] not in _EXACT_PARTS
-        }
-        if own and prefix + "qkv.weight" in state_dict:
-            absent = [name for name in own if prefix + name not in state_dict]
-            if len(absent) == len(own):
+        # holds some of them and lacks others is damaged, and fails as usual. The convolution on the
+        # grid is an option of exact attention too, so it may be lacking, or there, for itself.
+        mine: dict[str, Tensor] = {}
+        near: dict[str, Tensor] = {}
+        for name, value in self.state_dict().items():
+            if name.split(".")[0] not in _EXACT_PARTS:
+                (near if name.startswith("dwc.") else mine)[name] = value
+        if prefix + "qkv.weight" in state_dict:
+            absent = []
+            for own in (mine, near):
+                if not any(prefix + name in state_dict for name in own):
+                    absent += list(own)
+            if absent:
                 _logger.warning(
                     "The checkpoint has no %s for %s (%s attention); initial values are kept.",
                     ", ".join(absent),
                     prefix.rstrip(".") or "the layer",
                     self.mechanism,
                 )
-                state_dict.update({prefix + name: own[name] for name in absent})
+                state_dict.update({prefix + name: (mine | near)[name] for name in absent})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

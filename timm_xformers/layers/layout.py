@@ -47,9 +47,11 @@ def set_token_layout(model: nn.Module) -> int:
     if getattr(model, "dynamic_img_size", False):
         for layer in layers:
             if getattr(layer, "needs_fixed_grid", False):
+                option = " with dwc" if getattr(layer, "convolves", False) else ""
                 raise ValueError(
-                    f"{getattr(layer, 'mechanism', 'this')} attention is built for one grid of "
-                    "tokens, so dynamic_img_size=True cannot be honoured; build with img_size=..."
+                    f"{getattr(layer, 'mechanism', 'this')} attention{option} is built for one "
+                    "grid of tokens, so dynamic_img_size=True cannot be honoured; build with "
+                    "img_size=..."
                 )
     for depth, layer in enumerate(layers):
         layer.set_layout((int(grid[0]), int(grid[1])), int(prefix), depth)

@@ -177,8 +177,6 @@ class LinformerAttention(HeadsAttention):
         self.proj_len = proj_len
         self.share_kv = share_kv
         self.kv_heads = 1 if one_kv_head else self.num_heads
-        self.grid_size: tuple[int, int] | None = None
-        self.num_prefix_tokens = 0
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         kv_dim = self.kv_heads * self.head_dim
         # Widths of queries, keys and, if they are not the keys, values in the joint projection.
@@ -223,7 +221,7 @@ class LinformerAttention(HeadsAttention):
                 else:
                     new = fit_length(old, length)
             self._set_projection(name, new)
-        self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
+        super().set_layout(grid_size, num_prefix_tokens, depth)
 
     def _is_initial(self) -> bool:
         """Whether nobody has trained or loaded the projections yet."""

@@ -164,8 +164,6 @@ class Local2dAttention(HeadsAttention):
         self.neighbours = neighbours
         self.shifted = shifted
         self.shift = 0
-        self.grid_size: tuple[int, int] | None = None
-        self.num_prefix_tokens = 0
 
     def set_layout(
         self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
@@ -177,18 +175,8 @@ class Local2dAttention(HeadsAttention):
             num_prefix_tokens: Tokens before the grid.
             depth: Index of the block; shifted windows move in odd ones.
         """
-        self.grid_size, self.num_prefix_tokens = grid_size, num_prefix_tokens
+        super().set_layout(grid_size, num_prefix_tokens, depth)
         self.shift = self.window_size // 2 if self.shifted and depth % 2 else 0
-
-    def _told(self) -> tuple[int, int]:
-        grid = self.grid_size
-        if grid is None:
-            raise ValueError(
-                f"{self.mechanism} attention has not been told where tokens lie; call "
-                "timm_xformers.set_token_layout(model) once, or set_layout(grid_size, "
-                "num_prefix_tokens, depth) on each layer."
-            )
-        return grid
 
     def arrange(
         self, num_tokens: int
@@ -199,7 +187,7 @@ class Local2dAttention(HeadsAttention):
             ValueError: No layout is set.
         """
         window, shift = self.window_size, self.shift
-        return self._told(), (window, window), (shift, shift), self.num_prefix_tokens
+        return self.told_grid(), (window, window), (shift, shift), self.num_prefix_tokens
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
@@ -242,6 +230,6 @@ class Local1dAttention(Local2dAttention):
         self, num_tokens: int
     ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
         """A grid of one row."""
-        self._told()
+        self.told_grid()
         prefix = self.num_prefix_tokens
         return (1, num_tokens - prefix), (1, self.window_size), (0, self.shift), prefix

@@ -147,6 +147,8 @@ def _check_mechanism(
     """Refuse combinations that would fail later or, worse, not fail at all."""
     fixed = rope or getattr(attention, "needs_fixed_grid", False)
     mechanism = "rotary positions" if rope else getattr(attention, "mechanism", "this attention")
+    if getattr(attention, "convolves", False):
+        mechanism = "the convolution of the values (dwc)"
     if dynamic_img_size and fixed:
         raise ValueError(
             f"{mechanism} is built for one grid of tokens, so dynamic_img_size=True cannot be "

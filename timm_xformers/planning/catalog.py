@@ -146,7 +146,10 @@ def mechanisms(patterns: Sequence[str] = ()) -> list[Mechanism]:
 
 def exact_when(name: str) -> str:
     """Where a named mechanism equals softmax attention."""
-    rule = next(rule for key, rule in _EXACT_WHEN.items() if fnmatch.fnmatchcase(name, key))
+    plain = name.removesuffix("_dwc")
+    rule = next(rule for key, rule in _EXACT_WHEN.items() if fnmatch.fnmatchcase(plain, key))
+    if plain != name and rule != "never" and not rule.endswith("untrained"):
+        rule += ", untrained"  # the convolution of the values starts at zero
     return rule.format(**ATTENTION[name][1])
 
 
