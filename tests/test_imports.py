@@ -34,6 +34,8 @@ ARROWS = {
     "records": (BELOW_DATA, None),
     "training": (BELOW_TRAINING, None),
     "predicting": (BELOW_TRAINING | {"training"}, None),
+    "explaining": (BELOW_TRAINING | {"predicting", "training"}, None),
+    "analysing": (BELOW_TRAINING | {"benchmarking", "predicting", "training"}, None),
     "planning": (BELOW_TRAINING | {"training"}, None),
     "benchmarking": (BELOW_TRAINING | {"training"}, None),
     "studies": (BELOW_TRAINING | {"training"}, None),
@@ -42,9 +44,11 @@ ARROWS = {
     # Commands import what they need when they run: --help loads neither torch nor an extra.
     "commands": (
         {
+            "analysing",
             "benchmarking",
             "data",
             "errors",
+            "explaining",
             "exporting",
             "files",
             "planning",

@@ -10,16 +10,24 @@ from timm_xformers import registration
 
 TYPE_CHECKING = False  # typing's own flag costs an import; type checkers know this spelling
 if TYPE_CHECKING:
+    from timm_xformers.explaining.maps import attention_map
     from timm_xformers.layers.factory import list_attention
     from timm_xformers.layers.layout import set_token_layout
     from timm_xformers.layers.performer import redraw_features
 
 __version__ = "0.2.0"
 
-__all__ = ["__version__", "list_attention", "redraw_features", "set_token_layout"]
+__all__ = [
+    "__version__",
+    "attention_map",
+    "list_attention",
+    "redraw_features",
+    "set_token_layout",
+]
 
 # Where each public name lives; the import above for type checkers lists the same names.
 _LAZY = {
+    "attention_map": "timm_xformers.explaining.maps",
     "list_attention": "timm_xformers.layers.factory",
     "redraw_features": "timm_xformers.layers.performer",
     "set_token_layout": "timm_xformers.layers.layout",

@@ -22,7 +22,8 @@ from timm_xformers.training.signals import Stopped
 __all__ = ["main"]
 
 COMMANDS = (
-    *("train", "evaluate", "select", "report", "models", "predict", "convert", "publish"),
+    *("train", "evaluate", "select", "report", "models", "predict", "explain"),
+    *("convert", "publish"),
     *("recipe", "export", "shards", "plan", "benchmark", "env"),
 )
 # The file system's refusals: the user's to repair, wherever they come up.

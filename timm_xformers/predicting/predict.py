@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UserError
@@ -15,7 +15,7 @@ from timm_xformers.predicting.images import open_image
 from timm_xformers.recipe import weights_of
 from timm_xformers.training.build import build_model, check_input
 
-__all__ = ["Guess", "Prediction", "Unreadable", "predict"]
+__all__ = ["Guess", "Looker", "Prediction", "Unreadable", "predict"]
 
 BATCH_SIZE = 32
 
@@ -65,53 +65,73 @@ def predict(name: str, images: Sequence[str], top_k: int = 5) -> Iterator[Predic
     Raises:
         UserError: There is no such model, or no weights for it.
     """
-    model, _ = build_model(weights_of(name), pretrained=True)
-    expects = Preprocessing.of_model(model)
-    if expects.in_chans not in (1, 3):
-        raise UserError(
-            f"{name} takes images with {expects.in_chans} channels, and pictures have 1 or 3; use "
-            "another model."
-        )
-    check_input(model, expects.shape)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    count: Any = model.num_classes
-    names = next(iter(class_names(model)), tuple(map(str, range(count))))
+    looker = Looker(name)
     remaining = iter(images)
     while batch := list(itertools.islice(remaining, BATCH_SIZE)):
-        opened = [_read(image, expects) for image in batch]
+        opened = [_read(image, looker) for image in batch]
         pixels = [value for value in opened if isinstance(value, Tensor)]
-        guesses = iter(_guess(model, pixels, expects, device, top_k, names) if pixels else ())
+        guesses = iter(looker.guess(looker.scale(pixels), top_k) if pixels else ())
         for image, value in zip(batch, opened, strict=True):
             yield Prediction(image, next(guesses)) if isinstance(value, Tensor) else value
 
 
-def _read(image: str, expects: Preprocessing) -> Tensor | Unreadable:
+class Looker:
+    """A trained model that looks at pictures, prepared as its weights expect them.
+
+    Args:
+        name: A name that timm has weights for, or a run folder.
+
+    Raises:
+        UserError: There is no such model, no weights for it, or no pictures of its kind.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.model, _ = build_model(weights_of(name), pretrained=True)
+        self.expects = Preprocessing.of_model(self.model)
+        if self.expects.in_chans not in (1, 3):
+            raise UserError(
+                f"{name} takes images with {self.expects.in_chans} channels, and pictures have 1 "
+                "or 3; use another model."
+            )
+        check_input(self.model, self.expects.shape)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self.device).eval()
+        count: Any = self.model.num_classes
+        self.names = next(iter(class_names(self.model)), tuple(map(str, range(count))))
+
+    def read(self, image: str) -> Tensor:
+        """A picture cut and resized for the model, uint8 (C, H, W).
+
+        Raises:
+            UserError: It cannot be read; the message is the reason alone.
+        """
+        picture = open_image(image, "L" if self.expects.in_chans == 1 else "RGB")
+        return self.expects.transform()(picture)
+
+    def scale(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Pictures that were read as the model takes them, (B, C, H, W)."""
+        mean = 255 * torch.tensor(self.expects.mean, device=self.device).view(-1, 1, 1)
+        std = 255 * torch.tensor(self.expects.std, device=self.device).view(-1, 1, 1)
+        return (torch.stack([*pixels]).to(self.device).float() - mean) / std
+
+    @torch.inference_mode()
+    def guess(self, images: Tensor, top_k: int) -> list[tuple[Guess, ...]]:
+        """The likeliest classes of each image (B, C, H, W), likeliest first."""
+        shares = self.model(images).float().softmax(dim=-1).cpu()  # (B, num_classes)
+        best = shares.topk(min(top_k, shares.shape[1]), dim=-1)
+        return [
+            tuple(
+                Guess(label, self.names[label], probability)
+                for label, probability in zip(labels, probabilities, strict=True)
+            )
+            for labels, probabilities in zip(
+                best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]
+
+
+def _read(image: str, looker: Looker) -> Tensor | Unreadable:
     try:
-        picture = open_image(image, "L" if expects.in_chans == 1 else "RGB")
+        return looker.read(image)
     except UserError as error:
         return Unreadable(image, str(error))
-    return expects.transform()(picture)  # uint8 (C, H, W)
-
-
-@torch.inference_mode()
-def _guess(
-    model: nn.Module,
-    pixels: list[Tensor],
-    expects: Preprocessing,
-    device: torch.device,
-    top_k: int,
-    names: Sequence[str],
-) -> list[tuple[Guess, ...]]:
-    mean = 255 * torch.tensor(expects.mean, device=device).view(-1, 1, 1)
-    std = 255 * torch.tensor(expects.std, device=device).view(-1, 1, 1)
-    images = (torch.stack(pixels).to(device).float() - mean) / std  # (B, C, H, W)
-    shares = model(images).float().softmax(dim=-1).cpu()  # (B, num_classes)
-    best = shares.topk(min(top_k, shares.shape[1]), dim=-1)
-    return [
-        tuple(
-            Guess(label, names[label], probability)
-            for label, probability in zip(labels, probabilities, strict=True)
-        )
-        for labels, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
