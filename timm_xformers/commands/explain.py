@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from timm_xformers.errors import require_extra
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from timm_xformers.explaining.picture import draw_maps, look
 
     names = [args.model] if args.beside is None else [args.beside, args.model]
-    seen = []
+    seen: list[Any] = []
     for name in names:
         # The second model shows what the first did: a retrofit has as many blocks.
         blocks = list(seen[0].maps) if seen else args.blocks
