@@ -13,8 +13,9 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 from timm_xformers.cli import main
-from timm_xformers.records.results_json import Record
 from timm_xformers.weights import read_manifest
+
+from ..made_records import record
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "train_scripts"
 TINY = [
@@ -27,28 +28,6 @@ TINY = [
     "--set",
     "warmup_epochs=0",
 ]
-
-
-RECORD = Record(
-    kind="evaluate",
-    model="m",
-    model_kwargs={},
-    params=1,
-    data="digits",
-    img_size=8,
-    in_chans=1,
-    num_classes=10,
-    batch_size=1,
-    num_processes=1,
-    mixed_precision="no",
-    seconds=1.0,
-    images_per_s=1.0,
-    peak_memory_mib=None,
-    commit=None,
-    versions={},
-    hardware={},
-    created="",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +139,7 @@ def test_missing_rights_are_one_sentence(tmp_path, monkeypatch, capsys):
     assert "choose another --output" in capsys.readouterr().err
     command = ["evaluate", "--json", "--model", "vit_tiny_patch16_224"]
     command += ["--output", "nowhere/r.json"]
-    monkeypatch.setattr("timm_xformers.predicting.evaluate.evaluate", lambda *_, **__: RECORD)
+    monkeypatch.setattr("timm_xformers.predicting.evaluate.evaluate", lambda *_, **__: record())
     assert main(command) == 1
     assert "nowhere/r.json: No such file or directory" in capsys.readouterr().err
     (tmp_path / "runs").write_text("")

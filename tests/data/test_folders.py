@@ -133,8 +133,21 @@ def test_folders_beside_the_parts_are_named(root):
     source = opened(root)
     assert sizes(source) == [20, None, None]
     assert source.notes == (
-        "left out: 2 folders that are no part with class folders (raw, test); 1 images beside the "
+        "left out: 2 folders that are no part with class folders (raw, test); 1 image beside the "
         "parts (0.png)",
+    )
+
+
+def test_one_of_a_kind_is_said_in_the_singular(root):
+    for name in ("train/cat", "train/dog", "test", "train/.thumbs"):
+        fill(root / name)
+    (root / "train" / "cat" / "notes.txt").touch()
+    (root / "train" / "cat" / "far.png").symlink_to(root / "nowhere.png")
+    (line,) = opened(root).notes
+    assert line == (
+        "left out: 1 folder that is no part with class folders (test); 1 hidden folder (.thumbs); "
+        "1 broken link, pipe or the like (cat/far.png); 1 file that is no picture by its name "
+        "(1 .txt)"
     )
 
 

@@ -46,6 +46,10 @@ def test_refusals():
         layer(torch.randn(1, 5, 16), is_causal=True)
     with pytest.raises(ValueError, match=r"attn_drop=0.1 cannot be honoured"):
         FNetMixing(16, attn_drop=0.1)
+    for other in ({"gated": True}, {"dim_out": 8}):
+        with pytest.raises(ValueError, match="gated=True and another dim_out cannot be honoured"):
+            FNetMixing(16, **other)
+    FNetMixing(16, dim_out=16)
     with pytest.raises(RuntimeError, match="fnet, which has no projections"):
         torch.nn.ModuleDict({"attn": layer}).load_state_dict(
             {"attn.qkv.weight": torch.zeros(48, 16), "attn.proj.weight": torch.zeros(16, 16)}

@@ -47,11 +47,12 @@ NAMES = [
 # PyTorch has no batching rule for its fused attention, and takes one call after another.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 POSITIVE = [name for name in NAMES if "relu" in name or "gelu" in name or "elu" in name]
+BLOCKED = [*POSITIVE, "performer_softmax_m16"]
 
 
-@pytest.fixture(autouse=True, params=["small", "large"])
+@pytest.fixture
 def sizes(request, monkeypatch):
-    """What is small enough for the plain form, and what goes in blocks."""
+    """What is small enough for the plain form, or what goes in blocks."""
     if request.param == "large":
         for name in ("LEAST_FEATURES", "LEAST_FEATURES_NO_GRAD", "LEAST_EXPONENTIALS"):
             monkeypatch.setattr(cpu_blocks, name, 0)
@@ -80,15 +81,14 @@ def tokens(B=2, seed=0):
     return torch.randn(B, 25, 8, generator=rng, dtype=torch.float64)
 
 
-def only(name, sizes, large=POSITIVE):
-    """The second size changes nothing but where there are blocks."""
-    if sizes == "large" and name not in large:
-        pytest.skip("the same as the small size")
+def cases(large, names=NAMES):
+    """Every name at the small size; at the large one those that go in blocks there."""
+    pairs = [*((name, "small") for name in names), *((name, "large") for name in large)]
+    return pytest.mark.parametrize(("name", "sizes"), pairs, indirect=["sizes"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@cases(POSITIVE)
 def test_reverse_mode(name, sizes):
-    only(name, sizes)
     layer, x = build(name), tokens().requires_grad_()
     if sizes == "large":
         assert layer.form(x) == "cpu_blocks"
@@ -106,9 +106,8 @@ def test_reverse_mode(name, sizes):
         torch.testing.assert_close(torch.autograd.grad(out, x, given, retain_graph=True)[0], found)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@cases(BLOCKED)
 def test_vmap_over_inputs_and_over_models(name, sizes):
-    only(name, sizes, [*POSITIVE, "performer_softmax_m16"])
     layers = [build(name, seed) for seed in range(3)]
     for seed, layer in enumerate(layers):
         if hasattr(layer, "redraw"):
@@ -130,9 +129,8 @@ def test_vmap_over_inputs_and_over_models(name, sizes):
     torch.testing.assert_close(vmap(call)(weights, buffers, batches), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "fnet"])
+@cases(BLOCKED, names=NAMES[:-1])
 def test_gradients_per_sample(name, sizes):
-    only(name, sizes, [*POSITIVE, "performer_softmax_m16"])
     layer, x = build(name), tokens(3)
     weights = {key: value.detach() for key, value in layer.named_parameters()}
 
@@ -151,9 +149,8 @@ def test_gradients_per_sample(name, sizes):
             torch.testing.assert_close(found[key][index], parameter.grad)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@cases(BLOCKED)
 def test_forward_mode_and_second_derivatives(name, sizes, unfused):
-    only(name, sizes, [*POSITIVE, "performer_softmax_m16"])
     if name in POSITIVE and sizes == "large":
         set_fused_attn(True)  # blocks have rules of their own
     layer, x, along = build(name), tokens(), tokens(seed=1)
@@ -180,9 +177,8 @@ def test_forward_mode_and_second_derivatives(name, sizes, unfused):
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["products", "all"])
-@pytest.mark.parametrize("name", NAMES)
+@cases(BLOCKED)
 def test_selective_checkpoints(name, everything, sizes):
-    only(name, sizes, [*POSITIVE, "performer_softmax_m16"])
     layer, x = build(name), tokens().requires_grad_()
     layer(x).square().sum().backward()
     expected = [x.grad, *(p.grad for p in layer.parameters())]
@@ -202,9 +198,7 @@ def test_selective_checkpoints(name, everything, sizes):
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", NAMES)
-def test_export_with_a_free_batch(name, training, sizes):
-    if sizes == "large":
-        pytest.skip("exported graphs hold the plain form")
+def test_export_with_a_free_batch(name, training):
     layer = build(name).train(training)
     batch = torch.export.Dim.AUTO if training else torch.export.Dim("batch", min=1, max=64)
     with torch.set_grad_enabled(training):
@@ -224,10 +218,8 @@ def test_export_with_a_free_batch(name, training, sizes):
         ),
     ],
 )
-def test_export_with_free_batch_height_and_width(name, training, sizes):
+def test_export_with_free_batch_height_and_width(name, training):
     """As timm's own ViT, the first case, exports with ``dynamic_img_size``."""
-    if sizes == "large":
-        pytest.skip("exported graphs hold the plain form")
     slot = {} if name is None else {"attn_layer": name}
     model = timm.create_model(
         "vit_tiny_patch16_224", depth=1, embed_dim=8, num_heads=2, patch_size=4, img_size=32,
@@ -244,9 +236,7 @@ def test_export_with_free_batch_height_and_width(name, training, sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_with_a_free_batch(name, sizes):
-    if sizes == "large":
-        pytest.skip("compiled graphs hold the plain form")
+def test_compiled_with_a_free_batch(name):
     layer = build(name)
     torch._dynamo.reset()
     compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
@@ -261,7 +251,8 @@ def test_compiled_with_a_free_batch(name, sizes):
         torch.testing.assert_close(compiled(x), expected.detach())
 
 
-def test_parts_left_out_of_a_projection_still_run():
+@pytest.mark.parametrize("sizes", ["small", "large"], indirect=True)
+def test_parts_left_out_of_a_projection_still_run(sizes):
     """Offloading and quantisation swap modules: nothing reads their weights past them."""
     for name in NAMES[:-1]:
         layer = build(name)
@@ -273,10 +264,8 @@ def test_parts_left_out_of_a_projection_still_run():
 
 
 @pytest.mark.parametrize("name", ["vix_performer_relu_m64", "vix_performer_softmax_m32"])
-def test_features_as_frozen_parameters(name, sizes):
+def test_features_as_frozen_parameters(name):
     """What the documentation says for Opacus, which refuses modules with buffers."""
-    if sizes == "large":
-        pytest.skip("the same as the small size")
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=8, depth=2, num_classes=3).eval()
     state, x = model.state_dict(), torch.randn(2, 3, 8, 8)

@@ -12,6 +12,8 @@ from timm_xformers.records.results_json import Record, environment, split_fields
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.metrics import Metrics
 
+from ..made_records import record
+
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
 NEWCOMBE = [
@@ -36,38 +38,27 @@ def test_wilson_interval_ends_exactly():
 
 def test_record_survives_json(tmp_path):
     metrics = Metrics(0.123456789, top1=589, top5=599, images=599, confusion=torch.eye(10))
-    record = Record(
+    made = record(
         kind="evaluate",
-        model="vit",
         model_kwargs={"patch_size": 4},
-        params=10,
-        data="digits",
-        img_size=8,
-        in_chans=1,
-        num_classes=10,
-        batch_size=64,
-        num_processes=1,
-        mixed_precision="no",
-        seconds=1.5,
-        images_per_s=100.0,
         **split_fields("test", metrics),
         **environment(make_accelerator("no")),
     )
-    record.save(tmp_path / "r.json")
-    assert Record.load(tmp_path / "r.json") == record
-    assert record.test_top1_percent == 98.3306
-    assert record.test_top5_percent == 100
-    assert record.test_loss == 0.12346
-    assert record.peak_memory_mib > 10
+    made.save(tmp_path / "r.json")
+    assert Record.load(tmp_path / "r.json") == made
+    assert made.test_top1_percent == 98.3306
+    assert made.test_top5_percent == 100
+    assert made.test_loss == 0.12346
+    assert made.peak_memory_mib > 10
 
 
 def test_records_from_before_a_field_was_added_are_read(tmp_path):
     for path in sorted(RESULTS.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             (tmp_path / "r.json").write_text(line)
-            record = Record.load(tmp_path / "r.json")
-            assert record.peak_memory_mib > 0
-            assert (record.step_ms is None) == ("step_ms" not in json.loads(line))
+            found = Record.load(tmp_path / "r.json")
+            assert found.peak_memory_mib > 0
+            assert (found.step_ms is None) == ("step_ms" not in json.loads(line))
 
 
 def test_history_survives_csv(tmp_path):

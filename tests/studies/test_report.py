@@ -14,48 +14,13 @@ from timm_xformers.cli import main
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.find_runs import Run, find_runs, read_record
 from timm_xformers.records.results_csv import EpochRow, write_history
-from timm_xformers.records.results_json import Record
 from timm_xformers.studies.comparing import report as report_module
 from timm_xformers.studies.comparing.groups import group_runs, sort_groups
 from timm_xformers.studies.comparing.report import report
 
+from ..made_records import BASE, record
+
 SHIPPED = Path(__file__).resolve().parents[2] / "results"
-BASE = Record(
-    kind="train",
-    model="m",
-    model_kwargs={},
-    params=1000,
-    data="digits",
-    img_size=8,
-    in_chans=1,
-    num_classes=10,
-    val_images=120,
-    val_top1_percent=95.0,
-    val_top1_interval_percent=[90.0, 98.0],
-    test_images=599,
-    test_top1_percent=96.0,
-    test_top1_interval_percent=[94.0, 97.5],
-    epochs=2,
-    best_epoch=2,
-    recipe_hash="abc",
-    seed=0,
-    batch_size=64,
-    num_processes=1,
-    mixed_precision="no",
-    seconds=10.0,
-    images_per_s=100.0,
-    data_wait_percent=1.0,
-    step_ms=5.0,
-    peak_memory_mib=1000.0,
-    commit="0123456789abcdef",
-    versions={"torch": "2.15.0"},
-    hardware={"cpu": "one", "cores": 2},
-    created="2026-01-01",
-)
-
-
-def record(**values):
-    return dataclasses.replace(BASE, **values)
 
 
 def runs(*records):

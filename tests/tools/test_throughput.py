@@ -13,7 +13,6 @@ from timm_xformers.data.data import refuse_unread
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_csv import EpochRow, write_history
-from timm_xformers.records.results_json import Record
 from tools import throughput
 from tools.throughput import Comparison, Epoch, timm_epochs
 from tools.throughput_cases import (
@@ -25,25 +24,17 @@ from tools.throughput_cases import (
 )
 from tools.throughput_report import OURS, PEERS, Measurement, compare_case
 
+from ..made_records import record
+
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "compare_throughput.py"
-RECORD = Record(
-    kind="train",
-    model="m",
-    model_kwargs={},
-    params=1,
+RECORD = record(
     data="folder",
     img_size=32,
     in_chans=3,
-    num_classes=10,
     batch_size=BATCH_SIZE,
-    num_processes=1,
-    mixed_precision="no",
-    seconds=1.0,
-    images_per_s=1.0,
     commit="c0ffee",
     versions={"timm": "1"},
     hardware={"cpu": "a processor", "cores": 2, "threads": 1},
-    created="2026-01-01",
 )
 
 

@@ -27,6 +27,13 @@ __all__ = ["LeftOut", "Place", "Tree", "by_nature", "is_picture", "read_span"]
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 CLUTTER = ("thumbs.db", "desktop.ini")
 SHOWN = 3
+# Of what is counted, which may end in the name of a file.
+SINGULAR = (
+    (r"^(hidden |)(file|folder|image)s", r"\1\2"),
+    ("that are no part", "that is no part"),
+    ("that are no pictures by their names", "that is no picture by its name"),
+    ("^broken links, pipes and", "broken link, pipe or"),
+)
 
 Span = tuple[int, int]
 
@@ -70,16 +77,21 @@ class LeftOut:
 
     def __str__(self) -> str:
         """One line; empty if nothing was left out."""
-        parts = [f"{len(names)} {reason} ({_some(names)})" for reason, names in self.names.items()]
+        parts = [_counted(len(names), reason, names) for reason, names in self.names.items()]
         if self.suffixes:
             kinds = [f"{count} {suffix}" for suffix, count in self.suffixes.most_common()]
             count = sum(self.suffixes.values())
-            parts.append(f"{count} files that are no pictures by their names ({_some(kinds)})")
+            parts.append(_counted(count, "files that are no pictures by their names", kinds))
         return plain("; ".join(parts))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+def _counted(count: int, what: str, names: list[str]) -> str:
+    """How many of what, which is the plural of something, and the first of them."""
+    if count == 1:
+        for more, one in SINGULAR:
+            what = re.sub(more, one, what)
+    some = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return f"{count} {what} ({some})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,10 +56,13 @@ class FNetMixing(nn.Module):
         dim: Token width C. Like all but the dropout arguments, here for the slot's sake: the
             transform has no heads, projections, norms or parameters.
         num_heads: See ``dim``.
+        attn_head_dim: See ``dim``.
+        dim_out: Must be ``dim`` or None: there is no projection to another width.
         qkv_bias: See ``dim``.
         qk_norm: See ``dim``.
         scale_norm: See ``dim``.
         proj_bias: See ``dim``.
+        gated: Must be False; there is no attention output to gate.
         attn_drop: Must be 0; there is no attention map.
         proj_drop: Dropout probability after mixing.
         norm_layer: See ``dim``.
@@ -68,7 +71,7 @@ class FNetMixing(nn.Module):
         dwc: Must be False; there are no values to convolve.
 
     Raises:
-        ValueError: ``attn_drop`` or ``dwc`` is set.
+        ValueError: ``dim_out``, ``gated``, ``attn_drop`` or ``dwc`` asks for what fnet has not.
     """
 
     mechanism = "fnet"
@@ -80,10 +83,13 @@ class FNetMixing(nn.Module):
         self,
         dim: int,
         num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
         scale_norm: bool = False,
         proj_bias: bool = True,
+        gated: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: Callable[..., nn.Module] | None = None,
@@ -102,6 +108,11 @@ class FNetMixing(nn.Module):
             raise ValueError(
                 f"fnet has no map to drop entries of, so attn_drop={attn_drop} cannot be honoured; "
                 "use proj_drop."
+            )
+        if gated or dim_out not in (None, dim):
+            raise ValueError(
+                "fnet has no projections, so gated=True and another dim_out cannot be honoured; "
+                "leave them out."
             )
         self.proj_drop = nn.Dropout(proj_drop)
 
