@@ -107,6 +107,22 @@ def test_labels_that_are_no_classes(folder, kind, values, words):
         open_data(Recipe(data=f"hfds/{folder}", val_fraction=0.2))
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (datasets.Sequence(CLASS), [[0], [0, 1]] * 5),
+        (datasets.Sequence(datasets.Value("string")), [["cat"], ["cat", "dog"]] * 5),
+        (datasets.Value("string"), ["cat", "dog", "dog cat", "cat", "dog"] * 2),
+        (datasets.Value("string"), ["cat|dog", "dog|fox"] * 5),
+    ],
+)
+def test_several_classes_a_picture_are_refused_with_the_reason(folder, kind, values):
+    features = {"image": datasets.Image(), "labels": kind}
+    write(folder, "train", {"image": None, "labels": values}, features)
+    with pytest.raises(UserError, match="multi-label"):
+        opened(folder)
+
+
 @pytest.mark.parametrize("label", [2, 99])
 def test_a_label_without_a_name_never_widens_a_model(folder, label, monkeypatch):
     write(

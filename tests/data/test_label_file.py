@@ -96,6 +96,40 @@ def test_faults_are_one_sentence(root, text, words):
         opened(root, text)
 
 
+def test_a_column_for_each_class(root):
+    for one, none in (("1", "0"), ("1.0", "0.0")):
+        lines = [f"{k}.0,{one},{none}" if v == "dog" else f"{k}.0,{none},{one}"
+                 for k, v in EXPECTED.items()]  # fmt: skip
+        source = opened(root, "image,dog,cat\n" + "\n".join(lines))
+        assert source.class_names == ("cat", "dog")
+        assert found(source.train, source.class_names) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("id,label\na.0,cat\nb.0,dog\nc.0,cat dog\n", "'cat dog', a list of 2"),
+        ("id,label\na.0,1\nb.0,2\nc.0,2 1\n", "'2 1', a list of 2"),
+        ('id,label\na.0,cat\nb.0,dog\nc.0,"dog, cat"\n', "'dog, cat', a list of 2"),
+        ("id,label\na.0,cat;dog\nb.0,fox;cow;dog\n", "'(cat;dog|fox;cow;dog)', a list of"),
+        ("id,label\na.0,cat|dog\nb.0,dog\n", "a list of 2"),
+        ("id,label\na.0,cat\na.0,dog\n", "calls a.0.jpg cat and dog"),
+        ("id,cat,dog\na.0,1,1\nb.0,0,1\n", "gives a.0 the classes cat, dog"),
+        ("id,cat,dog\na.0,1,0\nb.0,0,0\n", "gives b.0 no class"),
+    ],
+)
+def test_several_classes_a_picture_are_refused_with_the_reason(root, text, words):
+    with pytest.raises(UserError, match=words) as error:
+        opened(root, text)
+    assert "multi-label" in str(error.value)
+
+
+def test_names_of_several_words_are_names(root):
+    labels = ["hot dog", "ice cream", "dog", "hot dog", "ice cream", "tench, Tinca tinca"]
+    rows = [f'{k}.0,"{v}"' for k, v in zip("abcdef", labels, strict=True)]
+    assert set(opened(root, "id,label\n" + "\n".join(rows)).class_names) == {*labels}
+
+
 def test_a_name_that_means_two_pictures_is_refused(root):
     for folder, name in (("deep", "a"), ("deeper", "b")):
         (root / "train" / folder).mkdir()

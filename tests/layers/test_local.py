@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from timm_xformers.layers.local import (
     Local1dAttention,
     Local2dAttention,
+    _free_row,
     local_attention,
 )
 from timm_xformers.layers.windows import cut_map, cut_side, join_map
@@ -215,6 +216,27 @@ def test_class_token_sees_and_is_seen_by_all():
 def test_tokens_are_not_taken_for_a_square(kind, N):
     with pytest.raises(ValueError, match=r"not been told where tokens lie.*set_token_layout"):
         kind(16, 2)(torch.randn(1, N, 16))
+
+
+@pytest.mark.parametrize("kind", [None, "causal", "keys", "pairs", "bias"])
+@pytest.mark.parametrize(("neighbours", "shift"), [(True, 0), (False, 0), (False, 2)])
+@pytest.mark.parametrize("length", [9, 16, 19])
+def test_a_row_of_open_length_is_the_same_row(length, neighbours, shift, kind):
+    """What exported graphs hold where the number of tokens is free."""
+    for P in (0, 2):
+        N, rng = P + length, torch.Generator().manual_seed(1)
+        q, k, v = draw(2, 3, N, 4)
+        masks = {
+            "keys": torch.rand(2, 1, 1, N, generator=rng) > 0.3,
+            "pairs": torch.rand(2, 1, N, N, generator=rng) > 0.3,
+            "bias": torch.randn(2, 1, 1, N, generator=rng, dtype=torch.float64),
+        }
+        mask, causal = masks.get(kind), kind == "causal"
+        expected = local_attention(
+            q, k, v, (1, length), (1, 4), neighbours, (0, shift), P, mask, causal
+        )
+        row = _free_row(q, k, v, 4, shift, neighbours, P, mask, causal, 0.0)
+        torch.testing.assert_close(row, expected[:, :, P:], rtol=0, atol=1e-12)
 
 
 def test_refusals():

@@ -61,11 +61,7 @@ def test_a_batch_of_no_images_has_no_logits(name):
         assert x.grad.shape == x.shape
 
 
-# A trained feature map asks for autocast's state between calls of its modules.
-TRACED = [name for name in KINDS if "learned" not in name]
-
-
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", KINDS)
 def test_graphs_of_torch_fx_compute_the_same(name):
     model = build(name)
     graph = torch.fx.symbolic_trace(
@@ -76,7 +72,7 @@ def test_graphs_of_torch_fx_compute_the_same(name):
         torch.testing.assert_close(graph(x), model(x))
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", KINDS)
 def test_torchvisions_feature_extractor_takes_them(name):
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     model = build(name)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,25 @@ def test_weights_without_names_need_as_many_classes(colours, tmp_path):
     fill(tmp_path / "blue", ["blue"], 6)
     (tmp_path / "blue" / "blue").rename(tmp_path / "new" / "blue")
     assert evaluate(recipe).test_top1_percent == 100.0
+
+
+def test_a_bare_file_says_that_position_decides(colours, tmp_path):
+    lines = []
+    (tmp_path / "alone").mkdir()
+    file = shutil.copy(colours / "run" / "best" / "model.safetensors", tmp_path / "alone")
+    recipe = Recipe(
+        model="vit_tiny_patch16_224",
+        model_kwargs={"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2},
+        data="folder",
+        data_dir=str(colours / "old"),
+        img_size=8,
+    )
+    assert evaluate(recipe, checkpoint=Path(file), say=lines.append).test_top1_percent == 100.0
+    (line,) = lines
+    assert "matched by position" in line
+    assert "(blue, green, red)" in line
+    evaluate(recipe, checkpoint=colours / "run/best/model.safetensors", say=lines.append)
+    assert f"--model local-dir:{colours / 'run' / 'best'} goes by names" in lines[-1]
 
 
 @pytest.mark.parametrize(

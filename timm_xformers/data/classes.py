@@ -2,12 +2,22 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["match_names"]
+from timm_xformers.errors import UserError
+from timm_xformers.files.text import plain
+
+__all__ = ["ONE_CLASS_EACH", "match_names", "refuse_lists"]
+
+# What is said wherever a picture turns out to have several classes.
+ONE_CLASS_EACH = (
+    "data of several classes a picture (multi-label) are not read, since every figure here, from "
+    "top-1 to report and card, counts one answer a picture; keep one class for each"
+)
+SEPARATORS = ";|, "
 
 # torchvision calls the first class of MNIST "0 - zero".
 SPELLED_DIGIT = re.compile(r"(\d+) - [a-z]+")
@@ -35,6 +45,24 @@ def match_names(names: Sequence[str], known: Sequence[str]) -> Tensor:
         return found[0] if len(found) == 1 and wanted[key] == 1 else -1
 
     return torch.tensor([place_of(name) for name in names], dtype=torch.long)
+
+
+def refuse_lists(source: str, names: Collection[str]) -> None:
+    """Stop where names of classes are lists of others: "cat dog" beside "cat" and "dog".
+
+    A semicolon or bar makes a list of a name in any case; commas and spaces are common in names.
+
+    Raises:
+        UserError: With the first such name.
+    """
+    for name in names:
+        for mark in SEPARATORS:
+            parts = {part.strip() for part in name.split(mark)}
+            if len(parts) > 1 and (mark in ";|" or parts <= {*names}):
+                raise UserError(
+                    f"{source} has the class {plain(name)!r}, a list of {len(parts)}: "
+                    f"{ONE_CLASS_EACH}, or write a hyphen where this is one name."
+                )
 
 
 def _loosely(name: str) -> str:

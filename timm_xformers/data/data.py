@@ -12,6 +12,7 @@ from torchvision.transforms import Compose, RandomErasing
 
 from timm_xformers.data.augment import Augmentation
 from timm_xformers.data.damaged import drop_damaged, find_cut_files, refuse_damaged
+from timm_xformers.data.duplicates import shared_pictures
 from timm_xformers.data.known_sets import KNOWN_SETS, KnownSet
 from timm_xformers.data.loader import LoaderBatches, usable_cores
 from timm_xformers.data.memory import MemoryBatches, decode
@@ -159,6 +160,7 @@ def open_data(
     refuse_unread(recipe, in_memory)
     readable, skipped = _without_damaged(recipe, chosen)
     splits |= readable
+    doubled = [] if known else shared_pictures(readable)  # those of known sets are known
     mean, std = _scale(known, in_chans)
     train = splits["train"] or images
     return Data(
@@ -173,7 +175,7 @@ def open_data(
         std=std,
         in_memory=in_memory,
         skipped=tuple(skipped),
-        notes=source.notes,
+        notes=(*source.notes, *doubled),
         undivided=undivided,
     )
 

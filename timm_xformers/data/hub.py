@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 from PIL import Image
 from torch import Tensor
 
+from timm_xformers.data.classes import refuse_lists
 from timm_xformers.data.split import label_tensor
 from timm_xformers.data.trees import by_nature
 from timm_xformers.errors import UserError, nearest, require_extra
@@ -42,6 +43,7 @@ class HubImages:
     ) -> None:
         if not class_names and classes and all(isinstance(name, str) for name in classes):
             class_names = sorted(set(classes), key=by_nature)
+            refuse_lists("The data set", class_names)
             number = {name: label for label, name in enumerate(class_names)}
             classes = [number[name] for name in classes]
         self.rows = rows

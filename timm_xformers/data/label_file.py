@@ -1,4 +1,7 @@
-"""Labels from a CSV file, as competitions hand them out: ``id,label``, one picture a line."""
+"""Labels from a CSV file, as competitions hand them out: ``id,label``, one picture a line.
+
+Or ``id,cat,dog``, a column for each class, with a 1 in the picture's own and 0 in the others.
+"""
 
 import csv
 import io
@@ -6,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from timm_xformers.data.classes import ONE_CLASS_EACH, refuse_lists
 from timm_xformers.data.trees import is_picture
 from timm_xformers.errors import UserError
 from timm_xformers.files.text import plain
@@ -42,7 +46,10 @@ def label_files(
     tables = _tables(parts)
     first = rows[0][0]
     titles = [] if _find(first, tables) or is_picture(first) else [c.strip() for c in rows.pop(0)]
-    image, label = _columns(path, titles, len(rows[0]) if rows else 0)
+    image, label = _columns(path, titles, rows)
+    if label is None:
+        label = len(titles)
+        rows = [[*row, _marked(path, row, image, titles)] for row in rows]
     classes: dict[str, dict[str, str]] = {role: {} for role in parts}
     missing = []
     for number, row in enumerate(rows, 2 if titles else 1):
@@ -63,13 +70,14 @@ def label_files(
         if classes[role].setdefault(file, name) != name:
             raise UserError(
                 f"{path} calls {plain(file)} {plain(classes[role][file])} and {plain(name)}; keep "
-                "one line for each image."
+                f"one line for each image ({ONE_CLASS_EACH})."
             )
     if missing:
         raise UserError(
             f"{path} names {len(missing)} images that are not in the folder, such as "
             f"{plain(', '.join(missing[:SHOWN]))}; correct --data-dir or the file."
         )
+    refuse_lists(str(path), {name for named in classes.values() for name in named.values()})
     others = [
         file for role, (_, files) in parts.items() for file in files if file not in classes[role]
     ]
@@ -114,17 +122,39 @@ def _find(text: str, tables: Sequence[Table]) -> list[tuple[str, str]]:
     return next((table[name] for table in tables if name in table), [])
 
 
-def _columns(path: Path, titles: Sequence[str], width: int) -> tuple[int, int]:
-    """Which column names the picture, and which the class."""
+def _columns(
+    path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[int, int | None]:
+    """Which column names the picture, and which the class; None: there is one for each class."""
+    width = max(len(titles), len(rows[0]) if rows else 0)
     lower = [title.lower() for title in titles]
     image = next((lower.index(title) for title in IMAGE_TITLES if title in lower), 0)
     label = next((lower.index(title) for title in LABEL_TITLES if title in lower), None)
-    if label is None and max(width, len(titles)) == 2:
+    if label is None and width == 2:
         label = 1 - image
+    others = [cell for row in rows for i, cell in enumerate(row) if i != image]
+    if label is None and titles and all(_mark(cell) is not None for cell in others):
+        return image, None
     if label is None or label == image:
         named = f" ({plain(', '.join(titles))})" if titles else ""
         raise UserError(
-            f"{path} has {max(width, len(titles))} columns{named}, and it is open which has the "
+            f"{path} has {width} columns{named}, and it is open which has the "
             "classes; keep two, or call one label."
         )
     return image, label
+
+
+def _mark(cell: str) -> bool | None:
+    """What a cell of a class's own column says; None if it is no such cell."""
+    return {"1": True, "1.0": True, "0": False, "0.0": False}.get(cell.strip())
+
+
+def _marked(path: Path, row: Sequence[str], image: int, titles: Sequence[str]) -> str:
+    """The class whose column has a 1."""
+    found = [
+        title for i, title in enumerate(titles) if i != image and _mark("".join(row[i : i + 1]))
+    ]
+    if len(found) != 1:
+        several = f"the classes {plain(', '.join(found))}" if found else "no class"
+        raise UserError(f"{path} gives {plain(row[image])} {several}: {ONE_CLASS_EACH}.")
+    return found[0]

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from timm_xformers.data.classes import ONE_CLASS_EACH
 from timm_xformers.data.pixels import as_mode, decode_picture
 from timm_xformers.errors import UserError
 from timm_xformers.files.text import plain
@@ -199,6 +200,8 @@ def label_tensor(values: Iterable[Any]) -> Tensor:
     found = np.asarray(values) if isinstance(values, Tensor) else values
     found = found if isinstance(found, np.ndarray) else list(found)
     for value in found:
+        if isinstance(value, (list, tuple, dict, np.ndarray, Tensor)):
+            raise UserError(f"A label here is {str(value)[:60]}: {ONE_CLASS_EACH}.")
         if not isinstance(value, (int, np.integer)):
             raise UserError(
                 f"Labels must be whole numbers, and the first here is {value!r}; store classes as "

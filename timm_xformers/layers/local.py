@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
+from torch.nn import functional as F
 
 from timm_xformers.layers.heads import HeadsAttention, attend
 from timm_xformers.layers.windows import cut_map, cut_side, join_map, pick_pairs, take
@@ -73,6 +74,10 @@ def local_attention(
     if reach * window_size[0] >= rows and reach * window_size[1] >= cols:
         return attend(q, k, v, attn_mask, dropout_p, is_causal)
 
+    if not torch.jit.is_scripting() and rows == 1 and isinstance(cols, torch.SymInt):
+        window, shift = window_size[1], shift_size[1]
+        x = _free_row(q, k, v, window, shift, neighbours, P, attn_mask, is_causal, dropout_p)
+        return _with_prefix(x, q, k, v, P, attn_mask, is_causal, dropout_p)
     row_runs = cut_side(rows, window_size[0], shift_size[0], neighbours)
     col_runs = cut_side(cols, window_size[1], shift_size[1], neighbours)
     qs = cut_map(_grid(q, P, grid_size), row_runs, col_runs, False)
@@ -100,6 +105,21 @@ def local_attention(
         values = take(v, k_ids[i]) if shared else vs[i]
         qs[i] = attend(qs[i], keys, values, mask, dropout_p)
     x = join_map(qs, row_runs, col_runs).reshape(-1, N - P, H, v.shape[-1]).transpose(1, 2)
+    return _with_prefix(x, q, k, v, P, attn_mask, is_causal, dropout_p)
+
+
+def _with_prefix(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_prefix_tokens: int,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+) -> Tensor:
+    """Put what prefix tokens see, which is everything, before the grid's (B, H, N - P, E)."""
+    P, N = num_prefix_tokens, q.shape[2]
     if P == 0:
         return x
     front: Tensor | None = None
@@ -108,6 +128,46 @@ def local_attention(
     elif attn_mask is not None:
         front = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., :P, :]
     return torch.cat([attend(q[:, :, :P], k, v, front, dropout_p), x], dim=2)
+
+
+@torch.jit.unused
+def _free_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    shift: int,
+    neighbours: bool,
+    num_prefix_tokens: int,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+) -> Tensor:
+    """Windows of one row whose length an exported graph leaves open: all alike, the ends masked."""
+    P, B, H = num_prefix_tokens, q.shape[0], q.shape[1]
+    T = q.shape[2] - P
+    start = shift - window if shift else 0
+    count = (T - start + window - 1) // window
+    reach = window if neighbours else 0
+    first = torch.arange(count, device=q.device).unsqueeze(1) * window + start  # (n, 1)
+    asked = first + torch.arange(window, device=q.device)
+    seen = first + torch.arange(-reach, window + reach, device=q.device)
+    inside = F.pad((seen >= 0) & (seen < T), [P, 0], value=True)  # (n, K)
+    q_ids, k_ids = asked.clamp(0, T - 1) + P, seen.clamp(0, T - 1) + P
+    k_ids = torch.cat([torch.arange(P, device=q.device).expand(count, -1), k_ids], dim=1)
+    mask = pick_pairs(attn_mask, is_causal, q_ids, k_ids)
+    inside = inside[None, None, :, None]
+    if mask is None:
+        mask = inside
+    elif mask.dtype == torch.bool:
+        mask = mask & inside
+    else:
+        mask = mask.masked_fill(~inside, float("-inf"))
+    mask = mask.expand(B, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
+    x = attend(take(q, q_ids), take(k, k_ids), take(v, k_ids), mask, dropout_p)
+    x = x.transpose(1, 2).reshape(B, -1, H, v.shape[-1])
+    # Not a slice: whether it takes all would become a condition of the graph.
+    return x.index_select(1, torch.arange(T, device=q.device) - start).transpose(1, 2)
 
 
 def _grid(x: Tensor, num_prefix_tokens: int, grid_size: tuple[int, int]) -> Tensor:

@@ -49,7 +49,7 @@ def evaluate(
     model, data, preprocessing = (
         _published(recipe, split, skip_unknown)
         if checkpoint is None
-        else _from_file(recipe, split, checkpoint)
+        else _from_file(recipe, split, checkpoint, say)
     )
     _refuse_training_images(recipe, data)
     for note in data.notes:
@@ -126,10 +126,18 @@ def _published(
 
 
 def _from_file(
-    recipe: Recipe, split: str, checkpoint: Path
+    recipe: Recipe, split: str, checkpoint: Path, say: Callable[[str], None]
 ) -> tuple[nn.Module, Data, Preprocessing]:
     """A model built around the data, as training does it."""
     data = open_data(recipe, [split])
+    names = data.class_names
+    order = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    say(
+        f"{checkpoint} names no classes, so they are matched by position: it must have been "
+        f"trained on the {data.num_classes} of the data in their order{order}"
+    )
+    if (checkpoint.parent / "config.json").is_file():
+        say(f"the folder says more: --model local-dir:{checkpoint.parent} goes by names")
     img_size = input_size(recipe.img_size, data.img_size)
     arguments = {
         "in_chans": data.in_chans,

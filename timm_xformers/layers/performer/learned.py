@@ -8,12 +8,37 @@ keys, so that the kernel stays symmetric. Per head, time grows as N * D * (m + 2
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
 from timm_xformers.layers.performer.linear import FEATURE_EPS, mix_features
 
 __all__ = ["LearnedPerformerAttention"]
+
+
+def mix_trained(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, eps: float, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Linear attention per head with features from a network, raised by ``eps``."""
+    if torch.jit.is_scripting():
+        return _mix(phi_q, phi_k, v, eps, attn_mask, is_causal)
+    elif autocasts(v.device.type):  # it would sum features over tokens in half precision
+        with torch.autocast(v.device.type, enabled=False):
+            return _mix(phi_q, phi_k, v, eps, attn_mask, is_causal)
+    return _mix(phi_q, phi_k, v, eps, attn_mask, is_causal)
+
+
+def _mix(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, eps: float, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    dtype = working_dtype(v.dtype, wide=is_causal)
+    phi_q, phi_k = phi_q.to(dtype) + eps, phi_k.to(dtype) + eps
+    return mix_features(phi_q, phi_k, v.to(dtype), False, attn_mask, is_causal).to(v.dtype)
+
+
+# Autocast's state and masks decide what is computed: torch.fx calls this as it is.
+torch.fx.wrap("mix_trained")
 
 
 class LearnedPerformerAttention(HeadsAttention):
@@ -56,16 +81,4 @@ class LearnedPerformerAttention(HeadsAttention):
         # The features' network casts as its own layers do, under autocast, quantised or offloaded.
         phi_q = self.feature_net(q * self.feature_scale)
         phi_k = self.feature_net(k * self.feature_scale)
-        if torch.jit.is_scripting():
-            return self._mix(phi_q, phi_k, v, attn_mask, is_causal)
-        elif autocasts(v.device.type):  # it would sum features over tokens in half precision
-            with torch.autocast(v.device.type, enabled=False):
-                return self._mix(phi_q, phi_k, v, attn_mask, is_causal)
-        return self._mix(phi_q, phi_k, v, attn_mask, is_causal)
-
-    def _mix(
-        self, phi_q: Tensor, phi_k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        dtype = working_dtype(v.dtype, wide=is_causal)
-        phi_q, phi_k = phi_q.to(dtype) + self.feature_eps, phi_k.to(dtype) + self.feature_eps
-        return mix_features(phi_q, phi_k, v.to(dtype), False, attn_mask, is_causal).to(v.dtype)
+        return mix_trained(phi_q, phi_k, v, self.feature_eps, attn_mask, is_causal)

@@ -1,0 +1,53 @@
+"""Pictures that stand in two parts under different names."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
+
+from timm_xformers.data.split import Split
+
+__all__ = ["shared_pictures"]
+
+# More are not looked through: reading them would take minutes on a slow disk.
+LOOKED_THROUGH = 50_000
+
+
+def shared_pictures(splits: Mapping[str, Split]) -> list[str]:
+    """A line on pictures of one part whose files are, byte for byte, also in another.
+
+    Only files of a size that both parts have are read.
+
+    Args:
+        splits: The parts by name; those without files are passed over.
+
+    Returns:
+        One line, or none.
+    """
+    encoded = {name: split for name, split in splits.items() if split.encoded}
+    if sum(map(len, encoded.values())) > LOOKED_THROUGH:
+        return []
+    sizes = {name: list(_sizes(split)) for name, split in encoded.items()}
+    words = []
+    for first, second in itertools.combinations(encoded, 2):
+        common = {*sizes[first]} & {*sizes[second]}
+        digests = [
+            {
+                hashlib.sha256(split.content(position)).digest(): split.name(position)
+                for position, size in enumerate(sizes[name])
+                if size in common
+            }
+            for name, split in ((first, encoded[first]), (second, encoded[second]))
+        ]
+        if both := [digest for digest in digests[1] if digest in digests[0]]:
+            names = " and ".join(found[both[0]] for found in digests)
+            words.append(f"{len(both)} in {first} and {second} (such as {names})")
+    if not words:
+        return []
+    return [f"the same picture twice, which flatters the figures: {'; '.join(words)}"]
+
+
+def _sizes(split: Split) -> Iterator[int]:
+    """Bytes of each file."""
+    for position in range(len(split)):
+        path = split.path(position)
+        yield len(split.content(position)) if path is None else path.stat().st_size
