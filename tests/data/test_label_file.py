@@ -85,6 +85,7 @@ def test_pictures_right_in_the_folder(root):
         ("id,label\na.0,cat\na.0.jpg,dog\n", r"calls a.0.jpg cat and dog; keep one line"),
         ("id,label\na.0,\nb.0,dog\n", r"entry 2 has no class"),
         ("id,label\na.0\nb.0,dog\n", r"entry 2 has no class"),
+        ("cat,dog,id\n1,0,a.0\n1,0\n", "entry 3 has no class"),
         ("id,x,y\na.0,1,2\n", r"has 3 columns \(id, x, y\), and it is open which"),
         ("a.0\nb.0\n", "has no two columns"),
         ("", "has no two columns"),
@@ -116,6 +117,7 @@ def test_a_column_for_each_class(root):
         ("id,label\na.0,cat\na.0,dog\n", "calls a.0.jpg cat and dog"),
         ("id,cat,dog\na.0,1,1\nb.0,0,1\n", "gives a.0 the classes cat, dog"),
         ("id,cat,dog\na.0,1,0\nb.0,0,0\n", "gives b.0 no class"),
+        ("id,cat,dog\na.0,1,0\nb.0,0,0,1\n", "gives b.0 no class"),
     ],
 )
 def test_several_classes_a_picture_are_refused_with_the_reason(root, text, words):

@@ -48,8 +48,11 @@ def label_files(
     titles = [] if _find(first, tables) or is_picture(first) else [c.strip() for c in rows.pop(0)]
     image, label = _columns(path, titles, rows)
     if label is None:
-        label = len(titles)
-        rows = [[*row, _marked(path, row, image, titles)] for row in rows]
+        rows = [
+            [row[image], _marked(path, row, image, titles)] if len(row) > image else []
+            for row in rows
+        ]
+        image, label = 0, 1
     classes: dict[str, dict[str, str]] = {role: {} for role in parts}
     missing = []
     for number, row in enumerate(rows, 2 if titles else 1):
