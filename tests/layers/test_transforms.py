@@ -24,6 +24,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from timm_xformers import set_token_layout
 from timm_xformers.layers.factory import attention_class
 from timm_xformers.layers.performer import PerformerAttention, cpu_blocks
 
