@@ -29,6 +29,7 @@ __all__ = [
     "attend",
     "attention_map",
     "autocasts",
+    "is_open",
     "may_fuse",
     "working_dtype",
 ]
@@ -57,6 +58,11 @@ def working_dtype(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
     if dtype == torch.float16 or (wide and dtype == torch.bfloat16):
         return torch.float32
     return dtype
+
+
+def is_open(length: object) -> bool:
+    """Whether a number of tokens is left open in the graph that is being exported."""
+    return isinstance(length, torch.SymInt)
 
 
 def autocasts(device_type: str) -> bool:

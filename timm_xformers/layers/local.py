@@ -16,7 +16,7 @@ import torch.fx
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_xformers.layers.heads import HeadsAttention, attend
+from timm_xformers.layers.heads import HeadsAttention, attend, is_open
 from timm_xformers.layers.windows import cut_map, cut_side, join_map, pick_pairs, take
 
 __all__ = ["Local1dAttention", "Local2dAttention", "local_attention"]
@@ -74,7 +74,7 @@ def local_attention(
     if reach * window_size[0] >= rows and reach * window_size[1] >= cols:
         return attend(q, k, v, attn_mask, dropout_p, is_causal)
 
-    if not torch.jit.is_scripting() and rows == 1 and isinstance(cols, torch.SymInt):
+    if not torch.jit.is_scripting() and rows == 1 and is_open(cols):
         window, shift = window_size[1], shift_size[1]
         x = _free_row(q, k, v, window, shift, neighbours, P, attn_mask, is_causal, dropout_p)
         return _with_prefix(x, q, k, v, P, attn_mask, is_causal, dropout_p)

@@ -26,6 +26,7 @@ from timm_xformers.layers.heads import (
     HeadsAttention,
     attend,
     autocasts,
+    is_open,
     working_dtype,
 )
 from timm_xformers.layers.masks import clear_left_out, refuse_causal, relative_bias
@@ -51,7 +52,7 @@ def segment_means(x: Tensor, num_segments: int) -> Tensor:
     """
     N = x.shape[-2]
     size, longer = N // num_segments, N % num_segments
-    if not torch.jit.is_scripting() and isinstance(N, torch.SymInt):
+    if not torch.jit.is_scripting() and is_open(N):
         # Free in an exported graph, which has no branches: l means as a matrix over the tokens.
         number = torch.arange(num_segments + 1, device=x.device).unsqueeze(1)
         starts = number * size + number.clamp_max(longer)  # (l + 1, 1)
