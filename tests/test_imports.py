@@ -25,6 +25,7 @@ ARROWS = {
     "layers": (set(), {"torch", "timm", "triton"}),
     "weights": (set(), {"torch", "timm", "safetensors", "huggingface_hub"}),
     "models": (MODELS_BELOW, {"torch", "timm"}),
+    "transformers_attention": ({"layers"}, {"torch", "transformers"}),
     "replace": ({"layers"}, {"torch", "timm"}),
     # Rooms from here on use models by timm.create_model alone, so they work for every timm model.
     "errors": (set(), set()),
@@ -76,6 +77,7 @@ EXTRAS = [
     "performer_pytorch",
     "sklearn",
     "tensorboard",
+    "transformers",
 ]
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from timm_xformers.layers.factory import list_attention
     from timm_xformers.layers.layout import set_token_layout
     from timm_xformers.layers.performer import redraw_features
+    from timm_xformers.transformers_attention import register_attention_functions
 
 __version__ = "0.2.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "attention_map",
     "list_attention",
     "redraw_features",
+    "register_attention_functions",
     "set_token_layout",
 ]
 
@@ -30,6 +32,7 @@ _LAZY = {
     "attention_map": "timm_xformers.explaining.maps",
     "list_attention": "timm_xformers.layers.factory",
     "redraw_features": "timm_xformers.layers.performer",
+    "register_attention_functions": "timm_xformers.transformers_attention",
     "set_token_layout": "timm_xformers.layers.layout",
 }
 

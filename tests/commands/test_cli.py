@@ -313,11 +313,14 @@ def test_models_that_refuse_a_size_stand_below_the_others(capsys):
 
 
 def test_models_lists_mechanisms(capsys):
+    grid = ["keys", "no", "yes"]
     lines = models("--attention nystrom_l64* local2d_w8", capsys).out.splitlines()
     assert [re.split(r"\s{2,}", line) for line in lines] == [
         ["attention", "settings", "exact when", "masks", "causal", "fixed grid"],
         ["nystrom_l64", "num_landmarks=64", "tokens <= 64", "keys", "no", "no"],
         ["nystrom_l64_conv33", "num_landmarks=64 conv_kernel=33", "never", "keys", "no", "no"],
+        ["nystrom_l64_dwc", "num_landmarks=64 dwc=True", "tokens <= 64, untrained", *grid],
+        ["nystrom_l64_conv33_dwc", "num_landmarks=64 conv_kernel=33 dwc=True", "never", *grid],
         ["local2d_w8", "window_size=8", "side <= 2 * 8", "any", "yes", "yes"],
     ]
     (entry,) = json.loads(models("--attention softmax --format json", capsys).out)

@@ -30,6 +30,8 @@ NAMES = [
     "local2d_w4_shifted",
     "softmax_dwc",
     "linformer_k32_dwc",
+    "hedgehog",
+    "agent_a16",
 ]
 SOME = ["performer_softmax_m16", "performer_relu_m64", "nystrom_l16", "linformer_k32", "local2d_w4"]
 # Queries, keys and values of some KiB, and of 37 MiB: more than an allocator keeps at hand.
@@ -51,7 +53,7 @@ def build(name, dim=32, num_heads=4, **kwargs):
     torch.manual_seed(0)
     settings = {"qk_norm": True, "scale_norm": True, "norm_layer": nn.LayerNorm, **kwargs}
     layer = attention_class(name)(dim, num_heads, qkv_bias=True, **settings)
-    if name.startswith("local") or name.endswith("dwc"):
+    if layer.needs_layout:
         layer.set_layout((8, 8), 1, depth=int(name.endswith("_shifted")))
     return layer
 

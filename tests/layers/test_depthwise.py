@@ -16,7 +16,9 @@ NAMES = [
     "performer_softmax_m32_dwc",
     "performer_relu_m32_dwc",
     "performer_learned_m32_dwc",
+    "hedgehog_dwc",
     "nystrom_l16_conv33_dwc",
+    "agent_a16_dwc",
     "linformer_k32_dwc",
     "local1d_w16_dwc",
     "local2d_w4_shifted_dwc",
@@ -225,7 +227,7 @@ def test_grids_that_change_are_refused_in_models_of_timm():
         "vit_tiny_patch16_224", attn_layer="softmax_dwc", patch_drop_rate=0.5, **small
     )
     timm_xformers.set_token_layout(model)
-    with pytest.raises(ValueError, match="leave none out"):
+    with pytest.raises(ValueError, match="leave no token out"):
         model.train()(torch.randn(1, 3, 32, 32))
 
 

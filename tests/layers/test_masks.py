@@ -11,6 +11,8 @@ NAMES = [
     "performer_exp_m32",
     "performer_relu_m32",
     "performer_learned_m32",
+    "hedgehog",
+    "agent_a16",
     "nystrom_l16",
     "nystrom_l64",
     "nystrom_l16_conv33",
@@ -108,7 +110,7 @@ def test_a_bias_of_minus_one_weighs_keys_or_is_refused(name):
     if name in ("softmax", "nystrom_l64"):  # more landmarks than tokens: exact attention
         scores = q @ k.mT / q.shape[-1] ** 0.5 + bias
         torch.testing.assert_close(biased, scores.softmax(-1) @ v)
-    if name.startswith("performer"):  # a key that counts e^-1 times
+    if name.startswith(("performer", "hedgehog")):  # a key that counts e^-1 times
         ones = layer.mix(q, k, torch.ones_like(v), bias, False)
         torch.testing.assert_close(ones, torch.ones_like(v))
         weight = bias.exp().transpose(-2, -1)

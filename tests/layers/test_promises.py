@@ -17,8 +17,10 @@ NAMES = [
     "performer_gelu_m32",
     "performer_elu_m32",
     "performer_learned_m32",
+    "hedgehog",
     "nystrom_l16",
     "nystrom_l16_conv33",
+    "agent_a16",
     "linformer_k32",
     "local1d_w16",
     "local2d_w4",
@@ -28,7 +30,7 @@ NAMES = [
 # They take seconds to trace, and run code that the names beside them run.
 SLOW_TO_TRACE = {f"performer_{kernel}_m32" for kernel in ("exp", "gelu", "elu")} | {"nystrom_l16"}
 WITH_HEADS = [name for name in NAMES if name != "fnet"]
-ANY_ORDER = [n for n in NAMES if n.startswith(("softmax", "performer")) and "dwc" not in n]
+ANY_ORDER = ["softmax", "hedgehog", *(n for n in NAMES if n.startswith("performer"))]
 CAUSAL = [n for n in WITH_HEADS if n in ANY_ORDER or n.startswith("local")]
 PAIRWISE = ["softmax", *(n for n in WITH_HEADS if n.startswith("local"))]
 
@@ -138,7 +140,9 @@ def test_permuting_tokens_permutes_the_result(name):
     torch.testing.assert_close(layer(x)[:, order], layer(x[:, order]))
 
 
-@pytest.mark.parametrize("name", ["nystrom_l16", "linformer_k32", "local1d_w16", "fnet"])
+@pytest.mark.parametrize(
+    "name", ["nystrom_l16", "agent_a16", "linformer_k32", "local1d_w16", "fnet"]
+)
 def test_the_others_do_depend_on_order(name):
     layer = build(name).double().eval()
     x = tokens(50, dtype=torch.float64)

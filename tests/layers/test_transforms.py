@@ -36,8 +36,10 @@ NAMES = [
     "performer_gelu_m16",
     "performer_elu_m16",
     "performer_learned_m16",
+    "hedgehog",
     "nystrom_l16",
     "nystrom_l16_conv33",
+    "agent_a16",
     "linformer_k32",
     "local1d_w16",
     "local2d_w4",
@@ -72,7 +74,7 @@ def unfused():
 def build(name, seed=0, **kwargs):
     torch.manual_seed(seed)
     layer = attention_class(name)(8, 2, dtype=torch.float64, **kwargs)
-    if "local" in name or "dwc" in name:
+    if getattr(layer, "needs_layout", False):
         layer.set_layout((5, 5), 0, depth=1)
     return layer
 

@@ -18,10 +18,12 @@ SETTINGS = [
     "performer_softmax_m64",
     "performer_relu_m64",
     "performer_learned_m64",
+    "hedgehog",
     "nystrom_l64",
+    "agent_a49",
     "linformer_k64",
     "local1d_w64",
-    "local2d_w7",
+    "local2d_w7_dwc",
 ]
 FAMILIES = [
     "vit_tiny_patch16_224",
@@ -92,7 +94,8 @@ def test_timms_own_names_still_work():
 def test_names_are_listed_by_pattern():
     names = timm_xformers.list_attention()
     assert len(names) == len(set(names)) > 50
-    assert timm_xformers.list_attention("nystrom_l64*") == ["nystrom_l64", "nystrom_l64_conv33"]
+    both = ["nystrom_l64", "nystrom_l64_conv33"]
+    assert timm_xformers.list_attention("nystrom_l64*") == [*both, *(f"{n}_dwc" for n in both)]
 
 
 def test_layout_reaches_layers_of_timms_models():

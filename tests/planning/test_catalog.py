@@ -165,7 +165,8 @@ def accepts(layer, **arguments):
 # Of each mechanism one name with the option, which is the same code for all.
 NAMES = [name for name in ATTENTION if not name.endswith("_dwc")]
 NAMES += ["softmax_dwc", "performer_softmax_m16_dwc", "performer_learned_m16_dwc"]
-NAMES += ["nystrom_l16_dwc", "linformer_k32_dwc", "local1d_w16_dwc", "local2d_w4_dwc"]
+NAMES += ["hedgehog_dwc", "nystrom_l16_dwc", "agent_a16_dwc", "linformer_k32_dwc"]
+NAMES += ["local1d_w16_dwc", "local2d_w4_dwc"]
 
 
 @pytest.mark.parametrize("entry", mechanisms(NAMES), ids=lambda entry: entry.name)
@@ -183,7 +184,9 @@ def test_facts_about_mechanisms_equal_their_behaviour(entry):
         assert entry.needs_fixed_grid
     else:
         assert not entry.needs_fixed_grid
-    assert all(getattr(layer, key, value) == value for key, value in entry.settings.items())
+    settings = dict(entry.settings)
+    assert settings.pop("dwc", False) == (getattr(layer, "dwc", None) is not None)
+    assert all(getattr(layer, key, value) == value for key, value in settings.items())
 
 
 def is_exact(name, tokens):

@@ -73,7 +73,7 @@ def _layer(contender: Contender, point: Point) -> Any:
         kwargs = {}
     layer: Any = made(point.dim, **kwargs)
     if isinstance(layer, NeedsLayout):
-        two_dimensional = made.mechanism == "local2d" or made.convolves
+        two_dimensional = made.needs_fixed_grid and made.mechanism != "linformer"
         side, prefix = square_grid(point.size) if two_dimensional else (0, 0)
         # Depth 0: windows in their places, as in every other block.
         layer.set_layout((side, side) if side else (1, point.size), prefix, 0)

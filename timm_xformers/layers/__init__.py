@@ -7,8 +7,10 @@ arguments and parameter names of timm's `Attention`.
 # timm first: its import loads our models, which need these layers finished, not half imported.
 import timm.models  # noqa: F401
 
+from timm_xformers.layers.agent import AgentAttention, agent_attention
 from timm_xformers.layers.factory import attention_class, list_attention
 from timm_xformers.layers.fnet import FNetMixing, fnet_mixing
+from timm_xformers.layers.hedgehog import HedgehogAttention, hedgehog_attention
 from timm_xformers.layers.layout import set_token_layout
 from timm_xformers.layers.linformer import LinformerAttention, linformer_attention
 from timm_xformers.layers.local import Local1dAttention, Local2dAttention, local_attention
@@ -27,9 +29,11 @@ from timm_xformers.layers.softmax import SoftmaxAttention, softmax_attention
 from timm_xformers.layers.tokenizer import ConvEmbed, ConvTokenizer
 
 __all__ = [
+    "AgentAttention",
     "ConvEmbed",
     "ConvTokenizer",
     "FNetMixing",
+    "HedgehogAttention",
     "LearnedPerformerAttention",
     "LinformerAttention",
     "Local1dAttention",
@@ -39,8 +43,10 @@ __all__ = [
     "RotaryPositions",
     "SeqPool",
     "SoftmaxAttention",
+    "agent_attention",
     "attention_class",
     "fnet_mixing",
+    "hedgehog_attention",
     "linformer_attention",
     "list_attention",
     "local_attention",

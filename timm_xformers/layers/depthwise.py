@@ -13,6 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_xformers.layers.layout import check_grid
 from timm_xformers.layers.masks import clear_left_out
 
 __all__ = ["GridConv", "convolve_tokens", "grid_convolution", "values_to_convolve"]
@@ -54,14 +55,8 @@ def grid_convolution(
     Raises:
         ValueError: N does not fit the grid.
     """
-    rows, cols = grid_size
-    if num_prefix_tokens + rows * cols != x.shape[1]:
-        raise ValueError(
-            f"{x.shape[1]} tokens do not fill a grid of {rows} x {cols} and {num_prefix_tokens} "
-            "prefix tokens, so the convolution of the values (dwc) cannot tell which are near; set "
-            "the layout with set_token_layout(model) or set_input_size(), and leave none out."
-        )
-    near = convolve_tokens(x[:, num_prefix_tokens:], weight, cols)
+    check_grid(x.shape[1], grid_size, num_prefix_tokens)
+    near = convolve_tokens(x[:, num_prefix_tokens:], weight, grid_size[1])
     return near if num_prefix_tokens == 0 else F.pad(near, [0, 0, num_prefix_tokens, 0])
 
 

@@ -17,8 +17,10 @@ from typing import Any
 from timm.layers import register_notrace_module
 from torch import nn
 
+from timm_xformers.layers.agent import AgentAttention
 from timm_xformers.layers.fnet import FNetMixing
 from timm_xformers.layers.heads import WITH_DWC, HeadsAttention
+from timm_xformers.layers.hedgehog import HedgehogAttention
 from timm_xformers.layers.linformer import LinformerAttention
 from timm_xformers.layers.local import Local1dAttention, Local2dAttention
 from timm_xformers.layers.nystrom import NystromAttention
@@ -42,11 +44,13 @@ ATTENTION: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         f"performer_learned_m{m}": (LearnedPerformerAttention, {"num_features": m})
         for m in _FEATURES
     },
+    "hedgehog": (HedgehogAttention, {}),
     **{f"nystrom_l{n}": (NystromAttention, {"num_landmarks": n}) for n in (16, 32, 64, 128, 256)},
     **{
         f"nystrom_l{n}_conv33": (NystromAttention, {"num_landmarks": n, "conv_kernel": 33})
         for n in (16, 32, 64, 128, 256)
     },
+    **{f"agent_a{n}": (AgentAttention, {"num_agents": n}) for n in (16, 49, 64, 144)},
     **{f"linformer_k{k}": (LinformerAttention, {"proj_len": k}) for k in (32, 64, 128, 256)},
     **{f"local1d_w{w}": (Local1dAttention, {"window_size": w}) for w in (16, 32, 64, 128, 256)},
     **{f"local2d_w{w}": (Local2dAttention, {"window_size": w}) for w in (4, 7, 8, 14, 16)},

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-__all__ = ["NeedsLayout", "complete_token_layout", "set_token_layout"]
+__all__ = ["NeedsLayout", "check_grid", "complete_token_layout", "set_token_layout"]
 
 
 @runtime_checkable
@@ -20,6 +20,17 @@ class NeedsLayout(Protocol):
         self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
     ) -> None:
         """Take the rows and columns of the grid, the tokens before it and the block's index."""
+
+
+def check_grid(num_tokens: int, grid_size: tuple[int, int], num_prefix_tokens: int) -> None:
+    """Raise where tokens (B, N, C) do not fill the grid that a layer was told."""
+    rows, cols = grid_size
+    if num_prefix_tokens + rows * cols != num_tokens:
+        raise ValueError(
+            f"{num_tokens} tokens do not fill a grid of {rows} x {cols} and {num_prefix_tokens} "
+            "prefix tokens; set the layout with set_token_layout(model) or set_input_size(), and "
+            "leave no token out."
+        )
 
 
 def set_token_layout(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from timm_xformers.layers.heads import HeadsAttention, attend
 from timm_xformers.layers.masks import kept_keys, refuse_causal
+from timm_xformers.layers.means import slot_means
 
 __all__ = ["LinformerAttention", "linformer_attention", "resample_projection"]
 
@@ -119,16 +120,9 @@ def fit_length(proj: Tensor, length: int) -> Tensor:
     return sampled * (points / length)
 
 
-def slot_means(proj_len: int, length: int) -> Tensor:
+def token_means(proj_len: int, length: int) -> Tensor:
     """Means of consecutive tokens, (proj_len, length) in float64: how projections start."""
-    # Slot i covers [i, i + 1) * length / k; a token on a border counts to both in proportion.
-    edges = torch.linspace(0, length, proj_len + 1, dtype=torch.float64, device="cpu")
-    start = torch.arange(length, dtype=torch.float64, device="cpu")
-    upper = torch.minimum(edges[1:, None], start + 1)
-    lower = torch.maximum(edges[:-1, None], start)
-    overlap = (upper - lower).clamp_min(0)
-    means: Tensor = overlap / overlap.sum(dim=1, keepdim=True)
-    return means
+    return slot_means(proj_len, length, torch.device("cpu")).double() / length
 
 
 # Shapes decide what is computed, which torch.fx cannot follow: it calls these as they are.
@@ -190,7 +184,7 @@ class LinformerAttention(HeadsAttention):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the projections to means of consecutive tokens."""
-        means = slot_means(self.proj_len, self.proj_k.shape[1])
+        means = token_means(self.proj_len, self.proj_k.shape[1])
         self.proj_k.copy_(means)
         if self.proj_v is not None:
             self.proj_v.copy_(means)
@@ -217,7 +211,7 @@ class LinformerAttention(HeadsAttention):
                 if self.grid_size is not None:
                     new = resample_projection(old, grid_size, self.grid_size, num_prefix_tokens)
                 elif initial:
-                    new = slot_means(self.proj_len, length)
+                    new = token_means(self.proj_len, length)
                 else:
                     new = fit_length(old, length)
             self._set_projection(name, new)
@@ -225,7 +219,7 @@ class LinformerAttention(HeadsAttention):
 
     def _is_initial(self) -> bool:
         """Whether nobody has trained or loaded the projections yet."""
-        means = slot_means(self.proj_len, self.proj_k.shape[1])
+        means = token_means(self.proj_len, self.proj_k.shape[1])
         both = (self.proj_k, self.proj_v)
         return all(p is None or p.is_meta or torch.equal(p, means.to(p)) for p in both)
 

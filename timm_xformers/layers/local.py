@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timm_xformers.layers.heads import HeadsAttention, attend, is_open
+from timm_xformers.layers.layout import check_grid
 from timm_xformers.layers.windows import cut_map, cut_side, join_map, pick_pairs, take
 
 __all__ = ["Local1dAttention", "Local2dAttention", "local_attention"]
@@ -61,11 +62,7 @@ def local_attention(
     B, H, N, _ = q.shape
     P = num_prefix_tokens
     shifted = shift_size[0] + shift_size[1] > 0
-    if P + rows * cols != N:
-        raise ValueError(
-            f"{N} tokens do not fill a grid of {rows} x {cols} and {P} prefix tokens; set the "
-            "layout with set_token_layout(model) or set_input_size()."
-        )
+    check_grid(N, grid_size, P)
     if neighbours and shifted:
         raise ValueError("Windows see their neighbours or are shifted, not both; drop one.")
     if is_causal:

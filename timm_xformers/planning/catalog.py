@@ -44,6 +44,8 @@ _EXACT_WHEN = {
     "performer_*": "never",
     "nystrom_*_conv33": "never",
     "nystrom_*": "tokens <= {num_landmarks}",
+    "hedgehog": "never",
+    "agent_*": "never",
     "linformer_*": "tokens == {proj_len}, untrained",
     "local1d_*_shifted": "tokens <= {window_size}",
     "local1d_*": "tokens <= 2 * {window_size}",

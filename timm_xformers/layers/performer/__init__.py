@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
+from timm_xformers.layers.linear import FEATURE_EPS, mix_features
 from timm_xformers.layers.performer import cpu_blocks, triton
-from timm_xformers.layers.performer.linear import FEATURE_EPS, mix_features
 
 __all__ = [
     "KERNELS",

@@ -22,7 +22,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_xformers.layers.performer.linear import FEATURE_EPS
+from timm_xformers.layers.linear import FEATURE_EPS
 
 __all__ = ["blocked_performer", "image_by_image", "pays"]
 

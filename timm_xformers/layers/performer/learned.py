@@ -12,7 +12,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from timm_xformers.layers.heads import HeadsAttention, autocasts, working_dtype
-from timm_xformers.layers.performer.linear import FEATURE_EPS, mix_features
+from timm_xformers.layers.linear import FEATURE_EPS, mix_features
 
 __all__ = ["LearnedPerformerAttention"]
 

@@ -11,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-from timm_xformers.layers.performer.linear import FEATURE_EPS
+from timm_xformers.layers.linear import FEATURE_EPS
 
 __all__ = [
     "COUNTS",

@@ -124,7 +124,13 @@ def _causal_positive_mix(phi_q: Tensor, phi_k: Tensor, v: Tensor, chunk: int = 1
 
 
 def mix_features(
-    fq: Tensor, fk: Tensor, v: Tensor, logarithmic: bool, attn_mask: Tensor | None, is_causal: bool
+    fq: Tensor,
+    fk: Tensor,
+    v: Tensor,
+    logarithmic: bool,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    mechanism: str = "performer",
 ) -> Tensor:
     """Send features to the form that fits their kind and the mask.
 
@@ -135,6 +141,7 @@ def mix_features(
         logarithmic: The features are logarithms.
         attn_mask: None, or (B, 1, 1, S): bool (True = attend) or an additive bias per key.
         is_causal: Let a token see itself and earlier ones only (N = S).
+        mechanism: Name for the message.
 
     Returns:
         (B, H, N, E).
@@ -142,7 +149,7 @@ def mix_features(
     Raises:
         ValueError: ``attn_mask`` differs between queries.
     """
-    keep = key_padding(attn_mask, "performer")
+    keep = key_padding(attn_mask, mechanism)
     bias: Tensor | None = None
     if keep is not None and attn_mask is not None:
         bias = key_bias(attn_mask, keep, fk.dtype)
