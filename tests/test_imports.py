@@ -15,7 +15,7 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 SCRIPTS = sorted((ROOT / "train_scripts").glob("*.py"))
 
 # For each part: the parts of ours, and the packages of others, that it may import.
-MODELS_BELOW = {"layers", "weights", "registration"}
+MODELS_BELOW = {"layers", "weights", "registration", "replace"}
 BELOW_DATA = {"errors", "files", "recipe"}
 BELOW_TRAINING = BELOW_DATA | {"data", "layers", "records", "replace", "weights"}
 ARROWS = {

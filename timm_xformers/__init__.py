@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from timm_xformers.layers.factory import list_attention
     from timm_xformers.layers.layout import set_token_layout
     from timm_xformers.layers.performer import redraw_features
+    from timm_xformers.replace import (
+        attention_sites,
+        replace_attention,
+        replacement_of,
+        restore_attention,
+    )
     from timm_xformers.transformers_attention import register_attention_functions
 
 __version__ = "0.2.0"
@@ -21,18 +27,26 @@ __version__ = "0.2.0"
 __all__ = [
     "__version__",
     "attention_map",
+    "attention_sites",
     "list_attention",
     "redraw_features",
     "register_attention_functions",
+    "replace_attention",
+    "replacement_of",
+    "restore_attention",
     "set_token_layout",
 ]
 
 # Where each public name lives; the import above for type checkers lists the same names.
 _LAZY = {
     "attention_map": "timm_xformers.explaining.maps",
+    "attention_sites": "timm_xformers.replace",
     "list_attention": "timm_xformers.layers.factory",
     "redraw_features": "timm_xformers.layers.performer",
     "register_attention_functions": "timm_xformers.transformers_attention",
+    "replace_attention": "timm_xformers.replace",
+    "replacement_of": "timm_xformers.replace",
+    "restore_attention": "timm_xformers.replace",
     "set_token_layout": "timm_xformers.layers.layout",
 }
 

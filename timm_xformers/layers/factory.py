@@ -88,26 +88,27 @@ _Settings = tuple[tuple[str, Any], ...]
 class _BoundType(type):
     """Type of the bound classes, which pickle as the call that made them."""
 
-    recipe: tuple[str, _Settings]
+    recipe: tuple[str, _Settings, type[nn.Module] | None]
 
 
-def _unpickle(name: str, settings: _Settings) -> Any:
-    return attention_class(name, **dict(settings))
+def _unpickle(name: str, settings: _Settings, form: type[nn.Module] | None = None) -> Any:
+    return attention_class(name, form, **dict(settings))
 
 
 copyreg.pickle(_BoundType, lambda cls: (_unpickle, cls.recipe))
 
 
 @functools.cache
-def _bind(name: str, settings: _Settings) -> type[nn.Module]:
+def _bind(name: str, settings: _Settings, form: type[nn.Module] | None) -> type[nn.Module]:
     base, fixed = ATTENTION[name]
     numbers = {**fixed, **dict(settings)}
     init = partialmethod(base.__init__, **numbers)
+    bases = (base,) if form is None else (form, base)
     bound: Any = _BoundType(
-        name, (base,), {"__init__": init, "__doc__": f"{base.__name__} {numbers}."}
+        name, bases, {"__init__": init, "__doc__": f"{base.__name__} {numbers}."}
     )
     bound.__module__ = __name__
-    bound.recipe = (name, settings)
+    bound.recipe = (name, settings, form)
     if numbers.get("dwc") and issubclass(base, HeadsAttention):
         for key, value in WITH_DWC.items():  # models ask the class before they build it
             setattr(bound, key, value)
@@ -115,11 +116,15 @@ def _bind(name: str, settings: _Settings) -> type[nn.Module]:
     return made
 
 
-def attention_class(name: str, **settings: Any) -> type[nn.Module]:
+def attention_class(
+    name: str, form: type[nn.Module] | None = None, /, **settings: Any
+) -> type[nn.Module]:
     """Class of a named mechanism, for ``VisionTransformer(attn_layer=...)``.
 
     Args:
         name: One of `list_attention`.
+        form: A subclass of `HeadsAttention` whose methods go before the mechanism's: the way in
+            and out of the attention of another family of models.
         **settings: Arguments of the mechanism's class that override or add to the name's numbers,
             such as ``num_features=110``.
 
@@ -132,7 +137,7 @@ def attention_class(name: str, **settings: Any) -> type[nn.Module]:
     """
     if name not in ATTENTION:
         raise ValueError(_unknown(name))
-    return _bind(name, tuple(sorted(settings.items())))
+    return _bind(name, tuple(sorted(settings.items())), form)
 
 
 def list_attention(pattern: str = "*") -> list[str]:

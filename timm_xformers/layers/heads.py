@@ -36,8 +36,6 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_EXACT_PARTS = frozenset({"qkv", "q_norm", "k_norm", "norm", "gate", "proj"})
-
 # What a mechanism can do no longer, or needs, once it convolves values on the grid. The masks of
 # all mechanisms with heads include those over keys.
 WITH_DWC: dict[str, Any] = {
@@ -216,6 +214,9 @@ class HeadsAttention(nn.Module):
     causal = True
     masks = "any"  # or "keys" (one row for all queries), or "none"
 
+    # Names of parts that exact attention has too: a checkpoint of it holds these and no others.
+    exact_parts: frozenset[str] = frozenset({"qkv", "q_norm", "k_norm", "norm", "gate", "proj"})
+
     def __init__(
         self,
         dim: int,
@@ -348,7 +349,11 @@ class HeadsAttention(nn.Module):
             (B, N, dim_out).
         """
         q, k, v = self.project(x)
-        mixed = self.norm(self.mix_tokens(q, k, v, attn_mask, is_causal))
+        return self.finish(x, self.mix_tokens(q, k, v, attn_mask, is_causal))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Mixed tokens (B, N, H * D) and the layer's input (B, N, C) to its output."""
+        mixed = self.norm(mixed)
         if self.gate is not None:
             mixed = mixed * self.gate(x).sigmoid()
         out: Tensor = self.proj_drop(self.proj(mixed))
@@ -363,10 +368,13 @@ class HeadsAttention(nn.Module):
         # grid is an option of exact attention too, so it may be lacking, or there, for itself.
         mine: dict[str, Tensor] = {}
         near: dict[str, Tensor] = {}
+        holds_exact = False
         for name, value in self.state_dict().items():
-            if name.split(".")[0] not in _EXACT_PARTS:
+            if name.split(".")[0] not in self.exact_parts:
                 (near if name.startswith("dwc.") else mine)[name] = value
-        if prefix + "qkv.weight" in state_dict:
+            elif prefix + name in state_dict:
+                holds_exact = True
+        if holds_exact:
             absent = []
             for own in (mine, near):
                 if not any(prefix + name in state_dict for name in own):

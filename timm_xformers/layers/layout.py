@@ -9,7 +9,14 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-__all__ = ["NeedsLayout", "check_grid", "complete_token_layout", "set_token_layout"]
+__all__ = [
+    "NeedsLayout",
+    "check_grid",
+    "complete_token_layout",
+    "set_token_layout",
+    "takes_any_size",
+    "token_grid",
+]
 
 
 @runtime_checkable
@@ -38,7 +45,7 @@ def set_token_layout(model: nn.Module) -> int:
 
     Args:
         model: A vision transformer of timm's kind, with ``patch_embed.grid_size`` and
-            ``num_prefix_tokens``.
+            ``num_prefix_tokens``, or of torchvision's.
 
     Returns:
         The number of layers told.
@@ -47,15 +54,14 @@ def set_token_layout(model: nn.Module) -> int:
         ValueError: The model has no token grid, or takes images of any size
             (``dynamic_img_size=True``) with a mechanism that is built for one grid.
     """
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    prefix = getattr(model, "num_prefix_tokens", None)
-    if grid is None or prefix is None:
+    found = token_grid(model)
+    if found is None:
         raise ValueError(
             f"{type(model).__name__} has no patch_embed.grid_size and num_prefix_tokens to read a "
             "token layout from; call set_layout(grid_size, num_prefix_tokens) on its layers."
         )
     layers = [m for m in model.modules() if isinstance(m, NeedsLayout)]
-    if getattr(model, "dynamic_img_size", False):
+    if takes_any_size(model):
         for layer in layers:
             if getattr(layer, "needs_fixed_grid", False):
                 option = " with dwc" if getattr(layer, "convolves", False) else ""
@@ -65,8 +71,36 @@ def set_token_layout(model: nn.Module) -> int:
                     "img_size=..."
                 )
     for depth, layer in enumerate(layers):
-        layer.set_layout((int(grid[0]), int(grid[1])), int(prefix), depth)
+        # A replaced layer knows its place: those around it may be of other packages.
+        layer.set_layout(*found, getattr(layer, "site_index", depth))
     return len(layers)
+
+
+def token_grid(model: nn.Module) -> tuple[tuple[int, int], int] | None:
+    """Rows and columns of a model's token grid, and the tokens before it; None if it has none.
+
+    Args:
+        model: A vision transformer of timm's or torchvision's kind, or a model around one.
+    """
+    for part in model.modules():
+        grid = getattr(getattr(part, "patch_embed", None), "grid_size", None)
+        prefix = getattr(part, "num_prefix_tokens", None)
+        if grid is not None and prefix is not None:
+            return (int(grid[0]), int(grid[1])), int(prefix)
+        if type(part).__module__ == "torchvision.models.vision_transformer" and hasattr(
+            part, "image_size"
+        ):
+            side = part.image_size // part.patch_size
+            return (side, side), 1
+    return None
+
+
+def takes_any_size(model: nn.Module) -> bool:
+    """Whether a model takes images of any size (timm's ``dynamic_img_size``)."""
+    for part in model.modules():
+        if getattr(part, "dynamic_img_size", False):
+            return not getattr(getattr(part, "patch_embed", None), "strict_img_size", False)
+    return False
 
 
 def complete_token_layout(model: nn.Module) -> int:

@@ -22,7 +22,7 @@ from timm_xformers.layers.positions import sinusoid
 from timm_xformers.layers.rotary import RotaryPositions
 from timm_xformers.models._cfg import choose_weights, names_input
 
-__all__ = ["Trunk", "build", "check_img_size", "filter_trunk"]
+__all__ = ["Trunk", "build", "check_img_size", "filter_trunk", "fit_projections"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -186,9 +186,22 @@ def filter_trunk(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]
     Returns:
         Weights with the model's shapes.
     """
+    return fit_projections(dict(vit_filter_fn(state_dict, model)), model)
+
+
+def fit_projections(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Fit a checkpoint's sequence projections (Linformer's) to a model's grid of tokens.
+
+    Args:
+        state_dict: Weights.
+        model: The model that will load them.
+
+    Returns:
+        Weights with the model's shapes.
+    """
     own = model.state_dict()
-    prefix: int = model.num_prefix_tokens
-    out: dict[str, Tensor] = dict(vit_filter_fn(state_dict, model))
+    prefix: int = getattr(model, "num_prefix_tokens", 0)
+    out = dict(state_dict)
     for name, value in out.items():
         if not name.endswith(("attn.proj_k", "attn.proj_v")) or name not in own:
             continue
