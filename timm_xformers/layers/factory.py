@@ -137,7 +137,8 @@ def attention_class(
     """
     if name not in ATTENTION:
         raise ValueError(_unknown(name))
-    return _bind(name, tuple(sorted(settings.items())), form)
+    hashable: Any = form
+    return _bind(name, tuple(sorted(settings.items())), hashable)
 
 
 def list_attention(pattern: str = "*") -> list[str]:

@@ -5,7 +5,7 @@ columns the others form, nor which block it belongs to. Windows of the grid, win
 shifted in every second block, and sequence projections need it.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -82,6 +82,7 @@ def token_grid(model: nn.Module) -> tuple[tuple[int, int], int] | None:
     Args:
         model: A vision transformer of timm's or torchvision's kind, or a model around one.
     """
+    part: Any
     for part in model.modules():
         grid = getattr(getattr(part, "patch_embed", None), "grid_size", None)
         prefix = getattr(part, "num_prefix_tokens", None)
