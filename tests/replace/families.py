@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "xcit": (named("xcit_nano_12_p16_224", img_size=32), "XCA.*channels"),
     "hiera": (lambda: timm.create_model("hiera_tiny_224", img_size=64), "MaskUnitAttention"),
     "maxvit": (lambda: timm.create_model("maxvit_rmlp_pico_rw_256"), "Attention2d|AttentionCl"),
-    "tnt": (named("tnt_s_patch16_224", img_size=32), "tnt.Attention"),
+    "tnt": (lambda: timm.create_model("tnt_s_legacy_patch16_224", img_size=32), "tnt.Attention"),
     "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "WindowAttention"),
     "levit": (lambda: timm.create_model("levit_128s"), "levit.Attention"),
     "beit": (named("beit_base_patch16_224"), 'BEiT.*relative_bias="drop"'),
@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
         named("vit_tiny_patch16_224", block_fn=DiffParallelScalingBlock),
         "DiffParallelScalingBlock",
     ),
-    "fnet": (named("vix_fnet", img_size=(8, 6)), "FNetMixing"),
+    "fnet": (named("vix_fnet", img_size=(8, 6)), "fnet"),
     "one-key-head": (
         named("vix_linformer", img_size=(8, 6), attn_kwargs={"one_kv_head": True}),
         "shares keys",

@@ -64,7 +64,6 @@ _REASONS = {
     "CrossCovarianceAttn": "attends over channels, so its cost is linear in tokens already",
     "DiffAttention": "subtracts one map from another",
     "DiffParallelScalingBlock": "subtracts one map from another",
-    "FNetMixing": "has no queries, keys and values",
     "MaskUnitAttention": "pools its queries and attends in mask units",
     "MultiScaleAttention": "pools queries, keys and values",
     "MultiheadAttention": "is PyTorch's layer, which is replaced in torchvision's models only",
@@ -117,6 +116,8 @@ def _site(index: int, name: str, module: nn.Module, parent: nn.Module) -> Site:
         kind = "timm_xformers"
         if _shape(source) != (3 * source.attn_dim,):
             refused = "shares keys or values between heads"
+    elif isinstance(source, FNetMixing):
+        kind, refused = "timm_xformers", "is fnet, which has no queries, keys and values"
     elif (known := _known(source)) is not None:
         kind = _KINDS[known][0]
     elif isinstance(source, nn.MultiheadAttention) and type(parent).__module__.startswith(
