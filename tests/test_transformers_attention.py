@@ -17,6 +17,7 @@ SMALL = {
 }
 MODELS = {
     "ViT": {},
+    "DeiT": {},
     "Dinov2": {},
     "Dinov2WithRegisters": {"num_register_tokens": 3},
     "DINOv3ViT": {"num_register_tokens": 2},
@@ -80,17 +81,16 @@ def test_names_are_those_without_weights_and_without_a_grid(names):
         build("ViT", "linformer_k64")
 
 
-def test_windows_leave_class_and_register_tokens_global():
-    """A window that is far away changes a patch through the class token alone, a layer later."""
-    for kind in ("Dinov2WithRegisters", "SiglipVision"):
-        model = build(kind, "local1d_w16", num_hidden_layers=1, image_size=64, patch_size=4)
-        prefix = 0 if kind == "SiglipVision" else 4
-        x = images(1, 64)
-        changed = x.clone()
-        changed[..., -4:, -4:] += 1.0  # the last of 256 patches
-        moved = (last(model, x) - last(model, changed)).abs().amax(dim=-1)[0] > 1e-6
-        seen = [True] * prefix + [False] * 224 + [True] * 32  # its window and the one before
-        assert moved.tolist() == seen, kind
+@pytest.mark.parametrize("kind", MODELS)
+def test_windows_leave_class_and_register_tokens_global(kind):
+    """A patch reaches its window, the one before, and every token that is no patch."""
+    model = build(kind, "local1d_w16", num_hidden_layers=1, image_size=64, patch_size=4)
+    x = images(1, 64)
+    changed = x.clone()
+    changed[..., -4:, -4:] += 1.0  # the last of 256 patches
+    moved = (last(model, x) - last(model, changed)).abs().amax(dim=-1)[0] > 1e-6
+    prefix = len(moved) - 256
+    assert moved.tolist() == [True] * prefix + [False] * 224 + [True] * 32
 
 
 def test_a_saved_model_computes_the_same_when_loaded_by_name(tmp_path):

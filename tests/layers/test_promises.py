@@ -182,7 +182,7 @@ def test_the_others_refuse_to_be_causal(name):
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in PAIRWISE])
 def test_mechanisms_without_a_map_refuse_masks_of_pairs(name):
     with pytest.raises(ValueError, match=r"attn_mask"):
-        build(name)(tokens(17), attn_mask=torch.ones(2, 1, 17, 17, dtype=torch.bool))
+        build(name, N=17)(tokens(17), attn_mask=torch.ones(2, 1, 17, 17, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", WITH_HEADS)
@@ -270,6 +270,18 @@ def test_every_name_builds_and_runs(name):
     if name.endswith("_shifted"):
         layer.set_layout((8, 8), 1, depth=1)
     assert layer(tokens(65)).shape == (2, 65, 32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fx_graphs_and_batches_of_no_images(name):
+    layer = build(name).eval()
+    graph = torch.fx.symbolic_trace(layer, {"attn_mask": None, "is_causal": False})
+    for B in (2, 3):
+        torch.testing.assert_close(graph(tokens(50, B)), layer(tokens(50, B)))
+    x = tokens(50, B=0).requires_grad_()
+    out = layer(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 50, 32)
 
 
 # A trace is of one length by its nature, and says so.
