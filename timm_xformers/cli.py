@@ -22,7 +22,7 @@ from timm_xformers.training.signals import Stopped
 __all__ = ["main"]
 
 COMMANDS = (
-    *("train", "evaluate", "select", "report", "models", "predict", "explain"),
+    *("train", "retrofit", "evaluate", "select", "report", "models", "predict", "explain"),
     *("convert", "publish"),
     *("recipe", "export", "shards", "plan", "benchmark", "env"),
 )

@@ -44,14 +44,20 @@ NO_INFLUENCE = (
     *("num_workers", "num_processes", "fsdp", "checkpoint_minutes", "trackers"),
 )
 # Fields that came after the first published hashes: at these values they are left out of a hash.
-CAME_LATER = {
+CAME_LATER: dict[str, Any] = {
     "patch_drop_rate": 0.0,
     "labels": None,
     "loss": "cross_entropy",
     "class_weights": None,
     "max_steps": None,
     "max_seconds": None,
+    "replace": {},
+    "teacher": None,
+    "align_epochs": 0,
+    "teacher_loss": {},
 }
+# Terms of the loss against a teacher, and their weights where `teacher_loss` does not say others.
+TEACHER_TERMS = {"features": 1.0, "logits": 1.0, "labels": 0.0}
 # Arguments of timm.create_model that settings of their own decide, or that no recipe may set.
 NOT_MODEL_KWARGS = (
     *("img_size", "in_chans", "num_classes", "pretrained", "drop_path_rate"),
@@ -105,6 +111,31 @@ class Recipe:
         None,
         "Start from the model's published weights. null: if the name carries some: a tag "
         "(NAME.TAG), a folder or the Hub.",
+    )
+
+    replace: dict[str, Any] = _setting(
+        {},
+        "Attention to put in the place of the model's own, weights kept: arguments of "
+        "timm_xformers.replace_attention, such as {mechanism: performer_softmax_m64, blocks: 2-10}."
+        " {}: none.",
+    )
+    teacher: str | None = _setting(
+        None,
+        "Model whose final features and logits training matches, named like model: what model was "
+        "before replace, or another. Its weights stay. null: training goes by labels.",
+    )
+    align_epochs: int = _setting(
+        0,
+        "With a teacher: first so many of the epochs, or that share of a budget, match only the "
+        "output of each layer of attention that differs from the teacher's, given the teacher's "
+        "input; only these layers train. The schedule runs anew in each of the two parts.",
+        low=0,
+    )
+    teacher_loss: dict[str, Any] = _setting(
+        {},
+        "Weights of the terms of the loss against a teacher: features (squared error over the "
+        "teacher's mean square), logits (Kullback-Leibler divergence) and labels (loss). {}: "
+        "{features: 1, logits: 1, labels: 0}, which reads no labels.",
     )
 
     data: str = _setting(
@@ -170,7 +201,12 @@ class Recipe:
         high=0.5,
     )
 
-    epochs: int = _setting(30, "Passes over the training images.", low=1)
+    epochs: int = _setting(
+        30,
+        "Passes over the training images. 0, with replace alone: the model is measured and kept as "
+        "it is.",
+        low=0,
+    )
     max_steps: int | None = _setting(
         None,
         "End after so many optimiser updates, wherever in an epoch; the schedule ends there.",
@@ -348,6 +384,7 @@ class Recipe:
             )
         if self.max_steps and self.max_seconds:
             raise UsageError("max_steps and max_seconds are two budgets; use one of them.")
+        _check_teacher(self)
 
     @property
     def starts_pretrained(self) -> bool:
@@ -356,6 +393,11 @@ class Recipe:
             return self.pretrained
         prefix, colon, _ = self.model.partition(":")
         return prefix in ("local-dir", "hf-hub") if colon else "." in self.model
+
+    @property
+    def teacher_weights(self) -> dict[str, float]:
+        """Weight of each term of the loss against a teacher."""
+        return {name: float(value) for name, value in (TEACHER_TERMS | self.teacher_loss).items()}
 
     @property
     def digest(self) -> str:
@@ -497,6 +539,47 @@ def _check_stages(recipe: Recipe) -> None:
             raise UsageError(f"stages has {entry}, and mixup needs an even batch_size.")
 
 
+def _check_teacher(recipe: Recipe) -> None:
+    """Refuse what has no meaning with a teacher, or without one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    if recipe.teacher is None:
+        for name in ("align_epochs", "teacher_loss"):
+            if getattr(recipe, name):
+                raise UsageError(f"{name} is about a teacher, and there is none; set teacher=NAME.")
+        return
+    for name, value in recipe.teacher_loss.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name not in TEACHER_TERMS or not number or not 0 <= value < math.inf:
+            raise UsageError(
+                f"teacher_loss has {name}: {_short(value)}; it takes weights of at least 0 for "
+                f"{', '.join(TEACHER_TERMS)}."
+            )
+    if recipe.align_epochs > recipe.epochs:
+        raise UsageError(
+            f"align_epochs={recipe.align_epochs} is more than epochs={recipe.epochs}, of which "
+            "they are the first; lower it."
+        )
+    if not any(recipe.teacher_weights.values()):
+        raise UsageError("teacher_loss has the weight 0 for all terms; raise one.")
+    if not recipe.teacher_weights["labels"]:
+        for name in ("loss", "class_weights", "smoothing"):
+            if getattr(recipe, name) != defaults[name]:
+                raise UsageError(
+                    f"{name} is about the labels, which have the weight 0 with a teacher; drop it, "
+                    "or set teacher_loss.labels=1."
+                )
+    if recipe.fsdp:
+        raise UsageError("A teacher does not go with fsdp=true; use fsdp=false.")
+    if recipe.patch_drop_rate or any("patch_drop_rate" in entry for entry in recipe.stages):
+        raise UsageError(
+            "A teacher sees all tokens, and patch_drop_rate would leave out the student's; drop it."
+        )
+    if any("img_size" in entry for entry in recipe.stages):
+        raise UsageError(
+            "A teacher has one image size, so stages may change batch_size only; drop img_size."
+        )
+
+
 def _check_class_weights(weights: str | dict[str, Any] | None) -> None:
     if isinstance(weights, str) and weights != "balanced":
         raise UsageError(
@@ -568,9 +651,11 @@ def _build(values: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
 
 def _shorten(values: dict[str, Any], before: Any, after: Any) -> None:
     """Fit what a recipe says in epochs into fewer of them, where it would not fit."""
-    if not (type(before) is type(after) is int and 1 <= after < before):
+    if not (type(before) is type(after) is int and 0 <= after < before):
         return
-    stages, warmup = values.get("stages"), values.get("warmup_epochs")
+    stages, warmup = values.get("stages"), values.get("warmup_epochs", Recipe.warmup_epochs)
+    if isinstance(aligned := values.get("align_epochs"), int):
+        values["align_epochs"] = round(aligned * after / before)
     if isinstance(warmup, (int, float)) and warmup > after:
         values["warmup_epochs"] = warmup * after / before
     try:
@@ -718,7 +803,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return "no"
     if name == "class_weights" and isinstance(value, dict):
         return {str(key): factor for key, factor in value.items()}  # labels are names too
-    return weights_of(value) if name == "model" and isinstance(value, str) else value
+    return weights_of(value) if name in ("model", "teacher") and isinstance(value, str) else value
 
 
 def weights_of(name: str) -> str:

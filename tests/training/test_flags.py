@@ -71,6 +71,7 @@ ELSEWHERE = {
     "data", "data_dir", "val_split", "test_split", "download",  # test_data
     "unreadable",  # test_readable
     "output", "pretrained",  # test_train
+    "replace", "teacher", "align_epochs", "teacher_loss",  # test_teacher
     "trackers",  # test_trackers
     "num_workers",  # test_data: must not change a result
     "checkpoint_minutes",  # test_resume: must not change a result

@@ -36,6 +36,8 @@ TELLING = {
     "in_chans": ["3", "4"], "num_classes": ["12", "3"], "layer_decay": ["0.5", "1e-9"],
     "crop_pad": ["3", "100"], "cutout": ["9", "100"], "max_steps": ["1", "2147483647"],
     "max_seconds": ["1e-9", "1e9"], "clip_grad": ["1e-9"], "model_ema_decay": ["0.9"],
+    "teacher": ["vix_softmax.digits"], "align_epochs": ["1"], "teacher_loss": ["{labels: 1}"],
+    "replace": ["{mechanism: nystrom_l16}", "{mechanism: x}", "{mechanism: softmax, blocks: 7}"],
     "trackers": ["[wandb]", "[tensorboard]"], "grad_accum_steps": ["3", "2147483647"],
 }  # fmt: skip
 # The network, another launcher, minutes of compilation, or a choice of its own.

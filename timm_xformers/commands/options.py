@@ -6,23 +6,25 @@ from typing import Any
 
 from timm_xformers.recipe import Recipe, load_recipe, parse_assignments, shipped_recipes
 
-__all__ = ["add_recipe_options", "given_values", "positive", "recipe_from"]
+__all__ = ["MODEL_HELP", "add_recipe_options", "given_values", "positive", "recipe_from"]
 
 # Flags with the name of a recipe field.
 FIELDS = (
     *("model", "data", "data_dir", "labels", "classes", "limit", "epochs", "batch_size"),
-    *("img_size", "seed", "output", "num_processes", "pretrained"),
+    *("img_size", "seed", "output", "num_processes", "pretrained", "align_epochs"),
 )
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+MODEL_HELP = (
+    "timm name, with NAME.TAG from its weights; a run folder, local-dir:FOLDER or hf-hub:OWNER/NAME"
+)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, *, with_model: bool = True) -> None:
     """Add the flags from which `recipe_from` makes a recipe."""
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe or a YAML file")
-    parser.add_argument(
-        "--model",
-        help="timm name, with NAME.TAG from its weights; a run folder, local-dir:FOLDER or "
-        "hf-hub:OWNER/NAME",
-    )
+    if with_model:
+        parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument(
         "--data",
         help="digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet, folder, or a timm "
@@ -68,9 +70,14 @@ def given_values(args: argparse.Namespace) -> dict[str, Any]:
     return parse_assignments(args.set) | named
 
 
-def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe of a command line; without --recipe, the shipped one named after the data."""
-    values = given_values(args)
+def recipe_from(args: argparse.Namespace, values: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a command line; without --recipe, the shipped one named after the data.
+
+    Args:
+        args: The command line.
+        values: Settings to take in place of `given_values`.
+    """
+    values = given_values(args) if values is None else values
     source = args.recipe
     if source is None:
         data = values.get("data", Recipe.data)

@@ -11,7 +11,7 @@ from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.metrics import evaluate_model
 from timm_xformers.training.session import Session, open_session
-from timm_xformers.training.stages import Stage
+from timm_xformers.training.stages import Stage, stage_of
 from timm_xformers.training.trackers import tracker_names
 
 __all__ = ["dry_run", "measure_steps"]
@@ -39,24 +39,23 @@ def dry_run(recipe: Recipe, reasons: Sequence[str] = ()) -> str:
     processes = session.accelerator.num_processes
     lines = [
         *reasons,
+        *session.replaced.splitlines(),
         f"{session.num_params:,} parameters, {session.initial_weights}, "
         f"{session.data.num_classes} classes",
         f"{len(session.data.train)} training images, {processes} process"
         f"{'es' if processes > 1 else ''} on {session.accelerator.device.type}",
     ]
     total = 0.0
-    for number, stage in enumerate(session.stages):
-        last = recipe.epochs
-        if number + 1 < len(session.stages):
-            last = session.stages[number + 1].epoch - 1
+    for stage, last in _spans(session, recipe):
         session.enter(stage.epoch)
         step, evaluation = measure_steps(session, stage)
         steps = session.steps_in(stage.epoch)
         seconds = (last - stage.epoch + 1) * (steps * step + evaluation)
         total += seconds
         side = session.preprocessing.img_size
+        part = ", alignment" if session.trainer.aligning else ""
         lines.append(
-            f"epochs {stage.epoch} to {last}: {side} x {side} pixels, {steps} steps of "
+            f"epochs {stage.epoch} to {last}{part}: {side} x {side} pixels, {steps} steps of "
             f"{stage.batch_size * processes} images, {1e3 * step:.1f} ms each "
             f"({stage.batch_size * processes / step:.0f} images/s), {_clock(seconds)} with "
             "validation"
@@ -67,6 +66,17 @@ def dry_run(recipe: Recipe, reasons: Sequence[str] = ()) -> str:
     return dump_yaml(dataclasses.asdict(recipe)) + "".join(f"# {line}\n" for line in lines).rstrip(
         "\n"
     )
+
+
+def _spans(session: Session, recipe: Recipe) -> list[tuple[Stage, int]]:
+    """Each run of epochs alike, as a stage that begins with the first, and the last epoch."""
+    starts = {stage.epoch for stage in session.stages} | {recipe.align_epochs + 1}
+    first = sorted(epoch for epoch in starts if epoch <= recipe.epochs)
+    ends = [epoch - 1 for epoch in first[1:]] + [recipe.epochs]
+    return [
+        (dataclasses.replace(stage_of(session.stages, epoch), epoch=epoch), end)
+        for epoch, end in zip(first, ends, strict=False)
+    ]
 
 
 def measure_steps(session: Session, stage: Stage) -> tuple[float, float]:

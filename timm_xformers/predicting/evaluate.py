@@ -46,6 +46,10 @@ def evaluate(
     Raises:
         UserError: Something the user can repair.
     """
+    if recipe.replace and not recipe.model.startswith("local-dir:"):
+        raise UsageError(
+            "The recipe replaces attention (replace), which training does; name the run's folder."
+        )
     model, data, preprocessing = (
         _published(recipe, split, skip_unknown)
         if checkpoint is None

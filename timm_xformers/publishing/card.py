@@ -95,6 +95,7 @@ def write_card(card: Card) -> str:
         **fields,
         data=data,
         results=_results(card),
+        replaced=bool(card.recipe.replace),
         settings=changed_settings(card.recipe),
         hardware=_hardware,
         phases=phases,

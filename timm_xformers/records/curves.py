@@ -4,6 +4,7 @@ from pathlib import Path
 
 from timm_xformers.files.figures import (
     BLUE,
+    COLOURS,
     VERMILION,
     literal,
     new_figure,
@@ -18,6 +19,7 @@ __all__ = ["plot_curves"]
 
 # The dashes help in print.
 TRAIN = {"color": BLUE, "linestyle": "--", "label": "training"}
+ALIGNMENT = {"color": COLOURS[2], "linestyle": ":", "label": "alignment of layers, relative error"}
 VALIDATION = {"color": VERMILION, "linestyle": "-", "label": "validation"}
 
 
@@ -39,9 +41,16 @@ def plot_curves(path: Path, rows: list[EpochRow], record: Record) -> None:
     epochs = [row.epoch for row in rows]
     marker = "o" if len(rows) == 1 else None
     series = (("Loss", "loss"), ("Top-1 accuracy (%)", "top1_percent"))
+    # With a teacher, first epochs may train single layers, whose errors are another quantity.
+    aligned = sum(row.train_top1_percent is None for row in rows)
     for axes, (label, name) in zip(panels, series, strict=True):
         train, val = ([getattr(r, f"{part}_{name}") for r in rows] for part in ("train", "val"))
-        axes.plot(epochs, train, marker=marker, **TRAIN)
+        if name == "loss" and aligned:
+            axes.plot(epochs[:aligned], train[:aligned], marker="o", **ALIGNMENT)
+        trained = {**TRAIN, "label": "training, against the teacher"} if record.teacher else TRAIN
+        if aligned < len(rows):
+            alone = marker or ("o" if aligned == len(rows) - 1 else None)
+            axes.plot(epochs[aligned:], train[aligned:], marker=alone, **trained)
         known = [value for value in val if value is not None]
         if known:
             axes.plot(epochs, known, marker=marker, **VALIDATION)

@@ -17,8 +17,10 @@ class EpochRow:
     Attributes:
         epoch: Counted from 1.
         lr: Largest learning rate at the end of the epoch.
-        train_loss: Mean training loss, on augmented images and with smoothed or mixed labels.
-        train_top1_percent: Accuracy on them, before each update.
+        train_loss: Mean training loss, on augmented images and with smoothed or mixed labels; of a
+            model with a teacher, the loss against that.
+        train_top1_percent: Accuracy on them, before each update; empty where single layers were
+            aligned with a teacher's.
         val_loss: Cross-entropy on the validation images.
         val_top1_percent: Accuracy on them.
         val_top5_percent: The same, five guesses allowed.
@@ -31,7 +33,7 @@ class EpochRow:
     epoch: int
     lr: float
     train_loss: float
-    train_top1_percent: float
+    train_top1_percent: float | None
     val_loss: float | None
     val_top1_percent: float | None
     val_top5_percent: float | None

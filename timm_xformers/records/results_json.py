@@ -56,9 +56,12 @@ class Record:
         val_top1_interval_percent: Its 95 % Wilson interval.
         val_top5_percent: Accuracy with five guesses.
         val_loss: Mean cross-entropy.
+        val_agreement_percent: Images whose best class is the teacher's.
+        val_teacher_top1_percent: The teacher's accuracy on them.
         test_images: Images of the test split, likewise below.
         skipped_images: Unreadable images left out of the splits in use.
         initial_weights: ``random weights``, or where training started from.
+        teacher: Weights whose outputs training matched.
         data_digest: Of the names of classes and images, and the labels, of all splits.
         epochs: Epochs trained.
         best_epoch: Epoch whose weights were kept.
@@ -94,13 +97,18 @@ class Record:
     val_top1_interval_percent: list[float] | None = None
     val_top5_percent: float | None = None
     val_loss: float | None = None
+    val_agreement_percent: float | None = None
+    val_teacher_top1_percent: float | None = None
     test_images: int | None = None
     test_top1_percent: float | None = None
     test_top1_interval_percent: list[float] | None = None
     test_top5_percent: float | None = None
     test_loss: float | None = None
+    test_agreement_percent: float | None = None
+    test_teacher_top1_percent: float | None = None
     skipped_images: int | None = None
     initial_weights: str | None = None
+    teacher: str | None = None
     data_digest: str | None = None
     epochs: int | None = None
     best_epoch: int | None = None
@@ -139,6 +147,7 @@ def split_fields(split: str, metrics: "Metrics") -> dict[str, Any]:
         metrics: Figures over it.
     """
     low, high = wilson_interval(metrics.top1, metrics.images)
+    compared = {"agreement": metrics.agreed, "teacher_top1": metrics.teacher_top1}
     return {
         f"{split}_images": metrics.images,
         f"{split}_top1_percent": round(metrics.top1_percent, 4),
@@ -146,6 +155,11 @@ def split_fields(split: str, metrics: "Metrics") -> dict[str, Any]:
         f"{split}_top5_percent": round(metrics.top5_percent, 4),
         # Six digits are the same whatever the batch size; the rest is order of summation.
         f"{split}_loss": float(f"{metrics.loss:.5g}"),
+        **{
+            f"{split}_{name}_percent": round(100 * count / metrics.images, 4)
+            for name, count in compared.items()
+            if count is not None
+        },
     }
 
 

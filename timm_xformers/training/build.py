@@ -1,6 +1,7 @@
 """A model by name, with every way that can fail turned into one sentence."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from timm_xformers.errors import UsageError, UserError, nearest
-from timm_xformers.files.atomic import MANIFEST_FILE, find_damage
+from timm_xformers.files.atomic import MANIFEST_FILE, find_damage, sha256_of
 from timm_xformers.layers.layout import complete_token_layout
+from timm_xformers.replace import replace_attention
 
-__all__ = ["build_model", "check_input"]
+__all__ = ["build_model", "check_input", "replace_in", "weights_name"]
 
 # What models raise at arguments, weights and inputs that do not fit them.
 FAILURES = (
@@ -74,6 +76,47 @@ def build_model(
         words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UserError(f"Cannot build {name}({words}): {_one_line(error)}") from error
     return model, arguments
+
+
+def replace_in(
+    model: Any, settings: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Replace attention in a model, which from then on is timm's name ``retrofit``.
+
+    Args:
+        model: From `build_model`; changed in place.
+        settings: Arguments of `replace_attention`.
+        arguments: Those that built the model.
+
+    Returns:
+        Arguments that build the replaced model by the name ``retrofit``, and a table of what was
+        replaced.
+
+    Raises:
+        UsageError: The settings do not fit the model.
+    """
+    before = model.pretrained_cfg["architecture"]
+    try:
+        replacement = replace_attention(model, **settings)
+    except (TypeError, ValueError) as error:
+        words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        raise UsageError(f"Cannot replace attention ({words}): {_one_line(error)}") from error
+    # A model of the name retrofit keeps the architecture that it had before.
+    made = {"architecture": before, **arguments, "replacement": replacement.record}
+    return made, str(replacement)
+
+
+def weights_name(name: str, model: Any) -> str:
+    """What to call the weights that a name carries: no path of a folder."""
+    prefix, _, folder = name.partition(":")
+    config = model.pretrained_cfg
+    if prefix == "local-dir":
+        found = [Path(folder) / name for name in ("model.safetensors", "pytorch_model.bin")]
+        digest = next((sha256_of(path)[:12] for path in found if path.is_file()), "unknown")
+        return f"a local {config.get('architecture')} (SHA-256 {digest})"
+    if prefix == "hf-hub" or "." in name:
+        return name
+    return f"{name}.{config.get('tag')}"
 
 
 def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:

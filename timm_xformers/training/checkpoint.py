@@ -51,6 +51,7 @@ class Progression:
         best_epoch: Epoch whose weights are in best/; 0 before the first.
         best_top1: Validation images it got right.
         best_loss: Its validation loss.
+        aligning: Whether the state is of the part that aligns layers with a teacher's.
     """
 
     num_processes: int
@@ -60,6 +61,7 @@ class Progression:
     best_epoch: int = 0
     best_top1: int = -1
     best_loss: float = math.inf
+    aligning: bool = False
 
     @property
     def place(self) -> str:

@@ -24,6 +24,7 @@ from timm_xformers.data.sampling import (
 )
 from timm_xformers.errors import DivergedError, UsageError
 from timm_xformers.training.metrics import add_up
+from timm_xformers.training.teacher import Teacher
 
 __all__ = ["EpochStats", "EpochSums", "Trainer"]
 
@@ -61,7 +62,7 @@ class EpochStats:
     Attributes:
         loss: Mean of the training loss.
         top1_percent: Right answers on the augmented images, before each update; of two mixed
-            images, the heavier one counts.
+            images, the heavier one counts. None where layers alone were trained.
         seconds: Wall time.
         wait_seconds: Part of it spent waiting for batches.
         images: Images trained on.
@@ -69,7 +70,7 @@ class EpochStats:
     """
 
     loss: float
-    top1_percent: float
+    top1_percent: float | None
     seconds: float
     wait_seconds: float
     images: int
@@ -98,6 +99,8 @@ class Trainer:
         total_epochs: Epochs of the run, unless a budget ends it sooner.
         max_steps: Budget of updates, if there is one.
         max_seconds: Budget of processor seconds, if there is one.
+        teacher: What is learned from, besides or instead of labels.
+        align_epochs: First epochs of the run, in which a teacher's layers are matched.
         updates: Updates so far.
         cpu_seconds: Processor seconds of training so far.
     """
@@ -119,6 +122,8 @@ class Trainer:
     total_epochs: int
     max_steps: int | None = None
     max_seconds: float | None = None
+    teacher: Teacher | None = None
+    align_epochs: int = 0
     updates: int = 0
     cpu_seconds: float = 0.0
 
@@ -126,7 +131,7 @@ class Trainer:
         self,
         data: Batches,
         epoch: int,
-        on_progress: Callable[[int, float, float, float], None] | None = None,
+        on_progress: Callable[[int, float, float | None, float], None] | None = None,
         on_update: Callable[[Callable[[], EpochSums]], None] | None = None,
         sums: EpochSums | None = None,
     ) -> EpochStats:
@@ -135,8 +140,8 @@ class Trainer:
         Args:
             data: Training images.
             epoch: Number of the epoch; decides the order.
-            on_progress: Told now and then: batches done, mean loss, accuracy in percent and images
-                per second of the epoch so far.
+            on_progress: Told now and then: batches done, mean loss, accuracy in percent (None
+                while layers are aligned) and images per second of the epoch so far.
             on_update: Called after every update but the last, with a function that gives the sums
                 so far. That is where an epoch can be left and continued.
             sums: Of the batches that are done.
@@ -187,8 +192,9 @@ class Trainer:
                 reported = now
                 mean_loss, top1_percent = watch.read()
                 speed = sums.images * world_size / (now - start)
-                on_progress(number + 1, mean_loss, top1_percent, speed)
-            if number - group == group_size - 1 and self.spent:
+                top1 = None if self.aligning else top1_percent
+                on_progress(number + 1, mean_loss, top1, speed)
+            if number - group == group_size - 1 and (self.spent or self.is_aligned(epoch)):
                 break
             if on_update and (number + 1) % self.grad_accum_steps == 0 and number + 1 < len(order):
                 on_update(sums_so_far)
@@ -198,7 +204,7 @@ class Trainer:
         ).tolist()
         return EpochStats(
             loss=loss / passes,
-            top1_percent=100 * right / images_seen,
+            top1_percent=None if self.aligning else 100 * right / images_seen,
             seconds=sums.seconds,
             wait_seconds=sums.wait_seconds,
             images=int(images_seen),
@@ -217,6 +223,18 @@ class Trainer:
             return self.updates / self.max_steps
         return self.cpu_seconds / self.max_seconds if self.max_seconds else 0.0
 
+    @property
+    def aligning(self) -> bool:
+        """Whether single layers are trained to match a teacher's."""
+        return self.teacher is not None and self.teacher.aligning
+
+    def is_aligned(self, epoch: int) -> bool:
+        """Whether the part of the run that aligns layers is over at some point of an epoch."""
+        if not self.aligning:
+            return False
+        share = self.align_epochs / self.total_epochs
+        return epoch > self.align_epochs or self.spent_share >= share
+
     def step_schedule(self, epoch: int, passes: int, num_batches: int) -> None:
         """Set the learning rate to what follows a point of the run.
 
@@ -233,17 +251,23 @@ class Trainer:
         within: Any = done if all_ == unit else done * unit / all_
         by_epochs: Any = (epoch - 1) * unit + within
         # Under a budget, the schedule ends with whatever ends first.
-        by_budget = min(self.spent_share, 1.0) * self.total_epochs * unit
-        self.scheduler.step_update(max(by_epochs, by_budget) if by_budget else by_epochs)
+        whole = self.total_epochs * unit
+        by_budget = min(self.spent_share, 1.0) * whole
+        point = max(by_epochs, by_budget) if by_budget else by_epochs
+        if border := self.align_epochs * unit:  # each part has the whole schedule
+            aligned = min(point, border) * whole / border
+            rest = max(point - border, 0) * whole / max(whole - border, 1)
+            point = aligned if self.aligning else rest
+        self.scheduler.step_update(point)
 
     def _step(
         self, images: Tensor, labels: Tensor, place: int, group_size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Forward and backward; after the last micro-batch of a group, one update.
 
         Returns:
-            Loss, logits (B, classes) and targets: labels (B,), or what mixup made of them,
-            (B, classes).
+            Loss, logits (B, classes), which there are none of while layers are aligned, and
+            targets: labels (B,), or what mixup made of them, (B, classes).
         """
         accelerator = self.accelerator
         targets = labels
@@ -257,8 +281,7 @@ class Trainer:
         with sync:
             # Accelerate gives it to the forward pass of unsharded models only.
             try:
-                with accelerator.autocast():
-                    logits = self.wrapped(images)
+                loss, logits = self._loss(images, targets)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -266,7 +289,6 @@ class Trainer:
                     "Batch normalisation cannot train on one value per channel, which a batch of "
                     f"{len(images)} gives this model; use batch_size=2 or more."
                 ) from error
-            loss: Tensor = self.criterion(logits.float(), targets)
             accelerator.backward(loss / group_size)
         if last:
             if self.clip_grad:
@@ -276,7 +298,16 @@ class Trainer:
             self.updates += 1
             if self.ema is not None:
                 self.ema.update(self.model, step=self.updates)
-        return loss.detach(), logits.detach(), targets
+        return loss.detach(), None if logits is None else logits.detach(), targets
+
+    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.teacher is not None:
+            return self.teacher.loss(
+                self.wrapped, images, targets, self.criterion, self.accelerator
+            )
+        with self.accelerator.autocast():
+            logits = self.wrapped(images)
+        return self.criterion(logits.float(), targets), logits
 
     @property
     def best_weights(self) -> nn.Module:
@@ -298,10 +329,10 @@ class _LossWatch:
         if compiled:  # kernels can be wrong too
             self.advice += ", or see whether it comes without compile=true"
 
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+    def add(self, loss: Tensor, logits: Tensor | None, targets: Tensor) -> None:
         # Of two mixed images, the heavier one counts.
         labels = targets.argmax(dim=-1) if targets.dim() == 2 else targets
-        right = (logits.argmax(dim=-1) == labels).sum()
+        right = 0 * loss if logits is None else (logits.argmax(dim=-1) == labels).sum()
         self.pending.append(torch.stack([loss.float(), right.float()]))
         self.sums.images += len(labels)
 

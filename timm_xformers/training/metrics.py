@@ -26,6 +26,8 @@ class Metrics:
         images: Images seen.
         confusion: Images by label (rows) and best class (columns), sparse and coalesced (C, C), on
             the CPU: at most one entry per image, however many classes there are.
+        agreed: Images whose best class is the teacher's; None without a teacher, likewise below.
+        teacher_top1: Images whose best class the teacher gets right.
     """
 
     loss: float
@@ -33,6 +35,8 @@ class Metrics:
     top5: int
     images: int
     confusion: Tensor = field(compare=False, repr=False)
+    agreed: int | None = None
+    teacher_top1: int | None = None
 
     @property
     def top1_percent(self) -> float:
@@ -47,7 +51,11 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module, data: Batches, batch_size: int, accelerator: Accelerator
+    model: nn.Module,
+    data: Batches,
+    batch_size: int,
+    accelerator: Accelerator,
+    teacher: nn.Module | None = None,
 ) -> Metrics:
     """Evaluate a model on every image of a split exactly once.
 
@@ -60,6 +68,7 @@ def evaluate_model(
         data: The split.
         batch_size: Images per forward pass and process.
         accelerator: Devices and processes.
+        teacher: Compared with the model image by image, if there is one.
     """
     order = eval_batches(
         len(data),
@@ -76,12 +85,13 @@ def evaluate_model(
         for buffer in model.buffers():
             buffer.copy_(broadcast(buffer))
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     pairs: list[Tensor] = []
     num_classes = 0
     for turn, (images, labels) in enumerate(data.batches(order)):
         with accelerator.autocast():
             logits = model(images).float()
+            taught = None if teacher is None else teacher(images).argmax(dim=-1)  # (B,)
         if turn >= mine:  # computed because the others needed this process
             break
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -94,6 +104,8 @@ def evaluate_model(
             int(hits[:, 0].sum()),
             int(hits.sum()),
             len(labels),
+            0 if taught is None else int((best[:, 0] == taught).sum()),
+            0 if taught is None else int((labels == taught).sum()),
         ]
         sums += torch.tensor(values, dtype=torch.float64)
     sums = add_up(accelerator, sums)
@@ -110,6 +122,8 @@ def evaluate_model(
         confusion=torch.sparse_coo_tensor(
             cells, torch.ones_like(cells[0]), (width, width), check_invariants=True
         ).coalesce(),
+        agreed=None if teacher is None else int(sums[4]),
+        teacher_top1=None if teacher is None else int(sums[5]),
     )
 
 

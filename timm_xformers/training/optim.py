@@ -95,6 +95,8 @@ def make_scheduler(
     optimizer: Optimizer, recipe: Recipe, updates_per_epoch: int
 ) -> Scheduler | None:
     """Create timm's schedule, a function of the number of updates; None keeps the rate."""
+    if not recipe.epochs:
+        return None
     # timm warms up from 1e-5, which would be a step down for a smaller rate.
     options: dict[str, Any] = {
         "warmup_lr": min(1e-5, recipe.lr),

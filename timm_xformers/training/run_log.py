@@ -92,15 +92,15 @@ class RunLog:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def at(
-        self, step: int, epoch: str, loss: float, top1_percent: float, images_per_s: float
+        self, step: int, epoch: str, loss: float, top1_percent: float | None, images_per_s: float
     ) -> None:
         """Move the bar to a step of the run."""
         if self.bar.disable:
             return
         self.bar.set_description(epoch, refresh=False)
+        top1 = "" if top1_percent is None else f"top-1 {top1_percent:.1f} %, "
         self.bar.set_postfix_str(
-            f"loss {loss:.3f}, top-1 {top1_percent:.1f} %, {images_per_s:.0f} images/s",
-            refresh=False,
+            f"loss {loss:.3f}, {top1}{images_per_s:.0f} images/s", refresh=False
         )
         self._show(lambda: self.bar.update(step - self.bar.n))
 
@@ -121,19 +121,22 @@ def headline(session: Session, root: Path) -> str:
     images = ", ".join(f"{len(split)} {name}" for name, split in sizes if split is not None)
     sides = dict.fromkeys(stage.img_size for stage in session.stages)
     size = session.preprocessing.img_size if len(sides) < 2 else " then ".join(map(str, sides))
+    teacher = session.trainer.teacher
+    taught = "" if teacher is None else f", teacher {teacher.name}"
     return (
-        f"{session.recipe.model}, {session.initial_weights}: {session.num_params:,} parameters on "
-        f"{session.recipe.data} ({images} images of {size} px), "
+        f"{session.recipe.model}, {session.initial_weights}{taught}: {session.num_params:,} "
+        f"parameters on {session.recipe.data} ({images} images of {size} px), "
         f"{session.accelerator.num_processes} x {session.accelerator.device.type}, into {root}"
     )
 
 
 def epoch_line(row: EpochRow, epochs: int, remaining: str) -> str:
     """How an epoch went."""
-    text = (
-        f"epoch {row.epoch}/{epochs}  loss {row.train_loss:.4f}  "
-        f"top-1 {row.train_top1_percent:.2f} %"
-    )
+    text = f"epoch {row.epoch}/{epochs}  "
+    if row.train_top1_percent is None:
+        text += f"alignment: error {row.train_loss:.4f}"
+    else:
+        text += f"loss {row.train_loss:.4f}  top-1 {row.train_top1_percent:.2f} %"
     if row.val_loss is not None:
         text += f"  validation: loss {row.val_loss:.4f}  top-1 {row.val_top1_percent:.2f} %"
     return f"{text}  {row.train_images / row.train_seconds:.0f} images/s  {remaining} left"
@@ -142,11 +145,14 @@ def epoch_line(row: EpochRow, epochs: int, remaining: str) -> str:
 def summary(record: Record) -> str:
     """How a run ended."""
     parts = [f"best epoch {record.best_epoch}"]
-    for name, percent, interval in (
-        ("validation", record.val_top1_percent, record.val_top1_interval_percent),
-        ("test", record.test_top1_percent, record.test_top1_interval_percent),
-    ):
-        if percent is not None and interval is not None:
-            parts.append(f"{name} top-1 {percent:.2f} % (95 %: {interval[0]} to {interval[1]})")
+    for name, split in (("validation", "val"), ("test", "test")):
+        top1, interval, agreed, taught = (
+            getattr(record, f"{split}_{figure}_percent")
+            for figure in ("top1", "top1_interval", "agreement", "teacher_top1")
+        )
+        if top1 is not None and interval is not None:
+            parts.append(f"{name} top-1 {top1:.2f} % (95 %: {interval[0]} to {interval[1]})")
+        if agreed is not None and taught is not None:
+            parts.append(f"{agreed:.2f} % as the teacher, which has {taught:.2f} % right")
     parts.append(f"{record.seconds:.0f} s of training at {record.images_per_s:.0f} images/s")
     return ", ".join(parts)

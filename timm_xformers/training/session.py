@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from timm_xformers.data.preprocessing import Preprocessing, input_size
 from timm_xformers.data.sampling import derive_seed, num_train_batches, seed_everything
 from timm_xformers.data.split import Split
 from timm_xformers.errors import DivergedError, UsageError
-from timm_xformers.files.atomic import sha256_of
 from timm_xformers.layers.layout import NeedsLayout, set_token_layout
 from timm_xformers.recipe import Recipe
-from timm_xformers.training.build import build_model, check_input
+from timm_xformers.training.build import build_model, check_input, replace_in, weights_name
 from timm_xformers.training.compiling import compile_model
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.loop import EpochStats, EpochSums, Trainer
@@ -37,6 +35,7 @@ from timm_xformers.training.optim import (
 )
 from timm_xformers.training.sharding import check_sharding, prepare_sharded, shard_averages
 from timm_xformers.training.stages import Stage, read_stages, stage_of
+from timm_xformers.training.teacher import Teacher, open_teacher
 
 __all__ = ["Session", "open_session"]
 
@@ -55,6 +54,7 @@ class Session:
         model_args: Arguments that build the model again, by name.
         initial_weights: Where training starts from: ``random weights`` or ``from NAME``.
         trainer: The model and what updates it.
+        replaced: Table of the attention that the recipe replaced; empty if it replaced none.
     """
 
     recipe: Recipe
@@ -66,14 +66,22 @@ class Session:
     model_args: dict[str, Any]
     initial_weights: str
     trainer: Trainer
+    replaced: str = ""
     _opened: dict[str, Batches | None] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def model_name(self) -> str:
         """What to call the model in records: no path of a folder."""
-        local = self.recipe.model.startswith("local-dir:")
         model: Any = self.trainer.model
-        return str(model.pretrained_cfg.get("architecture")) if local else self.recipe.model
+        if self.recipe.model.startswith("local-dir:") or self.recipe.replace:
+            return str(model.pretrained_cfg.get("architecture"))
+        return self.recipe.model
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """The model's further arguments for records; of replaced attention, what replaced it."""
+        own = ("architecture", "replacement") if self.recipe.replace else ()
+        return {name: self.model_args[name] for name in own} | self.recipe.model_kwargs
 
     @property
     def num_params(self) -> int:
@@ -102,6 +110,9 @@ class Session:
         stage, before = stage_of(self.stages, epoch), self.stage
         self.stage = stage
         self.trainer.batch_size = stage.batch_size
+        if self.trainer.is_aligned(epoch):
+            self.end_alignment()
+            self.trainer.step_schedule(epoch, 0, self.steps_in(epoch))
         if any(each.patch_drop_rate for each in self.stages):
             _leave_out(self.trainer.model, stage.patch_drop_rate)
         if stage.img_size is None or stage.img_size == before.img_size:
@@ -114,6 +125,17 @@ class Session:
         self._resize(side)
         self.trainer.step_schedule(max(epoch, 1), 0, self.steps_in(epoch))
         return True
+
+    def end_alignment(self) -> None:
+        """Go on from single layers to the whole model, with a new optimiser and schedule."""
+        trainer, accelerator = self.trainer, self.accelerator
+        assert trainer.teacher is not None
+        trainer.teacher.end_alignment()
+        optimizer = make_optimizer(trainer.model, self.recipe)
+        trainer.scheduler = make_scheduler(optimizer, self.recipe, trainer.updates_per_epoch)
+        accelerator.free_memory()
+        trained = trainer.teacher.begin(trainer.model)
+        trainer.wrapped, trainer.optimizer = _prepare(accelerator, trained, optimizer, self.recipe)
 
     def _resize(self, side: int) -> None:
         trainer, accelerator = self.trainer, self.accelerator
@@ -144,7 +166,7 @@ class Session:
         epoch: int,
         *,
         validate: bool = True,
-        on_progress: Callable[[int, float, float, float], None] | None = None,
+        on_progress: Callable[[int, float, float | None, float], None] | None = None,
         on_update: Callable[[Callable[[], EpochSums]], None] | None = None,
         sums: EpochSums | None = None,
     ) -> tuple[EpochStats, Metrics | None]:
@@ -198,9 +220,12 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
     Raises:
         UserError: Something the user can repair.
     """
+    if recipe.epochs == 0 and not recipe.replace:
+        raise UsageError("epochs=0 trains nothing and is for replace alone; use at least 1.")
     _check_auto_augment(recipe.auto_augment)
+    teacher = open_teacher(recipe)
     # Before the process group: a stream opened after it would be cut by rank.
-    data = data or open_data(recipe)
+    data = data or open_data(recipe if teacher is None else teacher.sized(recipe))
     accelerator = make_accelerator(recipe.mixed_precision, fsdp=recipe.fsdp)
     if recipe.num_processes not in (None, accelerator.num_processes):
         raise UsageError(
@@ -210,7 +235,8 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
         )
     if recipe.max_seconds and accelerator.num_processes > 1:
         raise UsageError("max_seconds is for one process; use max_steps.")
-    stages = read_stages(recipe, input_size(recipe.img_size, data.img_size))
+    known = data.img_size if teacher is None else teacher.preprocessing.img_size
+    stages = read_stages(recipe, input_size(recipe.img_size, known))
     check_sharding(recipe, stages, accelerator)
     for stage in stages:
         if len(data.train) < stage.batch_size * accelerator.num_processes:
@@ -220,7 +246,7 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
             )
     # The unit of the schedule is an epoch of the last stage.
     steps = num_train_batches(len(data.train), stages[-1].batch_size, accelerator.num_processes)
-    preprocessing, model_args, trainer = _make_trainer(
+    preprocessing, model_args, replaced, trainer = _make_trainer(
         recipe,
         data,
         accelerator,
@@ -228,6 +254,7 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
         steps,
         # The model is built for the largest share of any stage, and refuses it if it must.
         max(stage.patch_drop_rate for stage in stages),
+        teacher,
     )
     return Session(
         recipe=recipe,
@@ -239,6 +266,7 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
         model_args=model_args,
         initial_weights=_initial_weights(recipe, trainer.model),
         trainer=trainer,
+        replaced=replaced,
     )
 
 
@@ -261,15 +289,7 @@ def _check_auto_augment(policy: str | None) -> None:
 def _initial_weights(recipe: Recipe, model: Any) -> str:
     if not recipe.starts_pretrained:
         return "random weights"
-    prefix, _, folder = recipe.model.partition(":")
-    config = model.pretrained_cfg
-    if prefix == "local-dir":
-        found = [Path(folder) / name for name in ("model.safetensors", "pytorch_model.bin")]
-        digest = next((sha256_of(path)[:12] for path in found if path.is_file()), "unknown")
-        return f"from a local {config.get('architecture')} (SHA-256 {digest})"
-    if prefix == "hf-hub" or "." in recipe.model:
-        return f"from {recipe.model}"
-    return f"from {recipe.model}.{config.get('tag')}"
+    return f"from {weights_name(recipe.model, model)}"
 
 
 def _make_trainer(
@@ -279,7 +299,8 @@ def _make_trainer(
     stage: Stage,
     steps: int,
     patch_drop_rate: float,
-) -> tuple[Preprocessing, dict[str, Any], Trainer]:
+    teacher: Teacher | None,
+) -> tuple[Preprocessing, dict[str, Any], str, Trainer]:
     img_size = stage.img_size
     arguments: dict[str, Any] = {
         "in_chans": data.in_chans,
@@ -299,15 +320,21 @@ def _make_trainer(
     # These are kept with the weights, and regularisation is not a property of weights.
     for name in ("drop_path_rate", "patch_drop_rate"):
         model_args.pop(name, None)
+    replaced = ""
+    if recipe.replace:
+        model_args, replaced = replace_in(model, recipe.replace, model_args)
     preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
-    if not recipe.starts_pretrained:
+    if teacher is not None:
+        preprocessing = teacher.fit(recipe, preprocessing, data.num_classes)
+    elif not recipe.starts_pretrained:
         preprocessing = data.preprocess(preprocessing, recipe.normalize)
     check_input(model, preprocessing.shape)
 
-    if not recipe.fsdp:  # else the model goes there in parts
-        model.to(accelerator.device)
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+    for each in (model,) if teacher is None else (model, teacher.model):
+        if not recipe.fsdp:  # else the model goes there in parts
+            each.to(accelerator.device)
+        if recipe.channels_last:
+            each.to(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
         _checkpoint_blocks(model, recipe.model)
     optimizer = make_optimizer(model, recipe)
@@ -315,7 +342,8 @@ def _make_trainer(
     scheduler = make_scheduler(optimizer, recipe, updates_per_epoch)
     # Copied before accelerate replaces the model's forward method.
     ema = make_ema(model, recipe)
-    wrapped, prepared = _prepare(accelerator, model, optimizer, recipe)
+    trained = model if teacher is None else teacher.begin(model)
+    wrapped, prepared = _prepare(accelerator, trained, optimizer, recipe)
     if recipe.fsdp and ema is not None:
         shard_averages(accelerator, ema)
     trainer = Trainer(
@@ -338,8 +366,10 @@ def _make_trainer(
         total_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
         max_seconds=recipe.max_seconds,
+        teacher=teacher,
+        align_epochs=recipe.align_epochs,
     )
-    return preprocessing, model_args, trainer
+    return preprocessing, model_args, replaced, trainer
 
 
 def _prepare(

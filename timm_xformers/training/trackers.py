@@ -150,8 +150,9 @@ class Trackers:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Recipe fields as the flat values that every tracker takes."""
     fields = dataclasses.asdict(recipe).items()
+    local = [n for n in ("model", "teacher") if str(getattr(recipe, n)).startswith("local-dir:")]
     return {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in fields
         if name not in NOT_SENT
-    } | ({"model": "local-dir"} if recipe.model.startswith("local-dir:") else {})
+    } | dict.fromkeys(local, "local-dir")

@@ -99,7 +99,8 @@ def resume(root: Path, **settings: Any) -> tuple[RunFolder, Record]:
 
 
 def _start(session: Session, folder: RunFolder, notes: Sequence[str]) -> Record:
-    run = _Run(session, folder, Progression(session.accelerator.num_processes), [])
+    processes, aligning = session.accelerator.num_processes, session.trainer.aligning
+    run = _Run(session, folder, Progression(processes, aligning=aligning), [])
     # Before the first epoch, so that a full disk or a missing right costs no training.
     run.save()
     return run.execute(notes)
@@ -129,7 +130,9 @@ def _origin(session: Session) -> dict[str, Any]:
     shaping = {
         name: value for name, value in recipe.items() if name == "seed" or name not in NO_INFLUENCE
     }
-    return {"recipe": shaping, "data": describe(session.data)}
+    teacher = session.trainer.teacher
+    bound = {"recipe": shaping, "data": describe(session.data)}
+    return bound if teacher is None else bound | {"teacher": teacher.name}
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
@@ -146,6 +149,11 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: RunFold
         raise UserError(
             f"{folder.recipe} is not what the run began with: {'; '.join(changed)}. Restore it, or "
             "start a new run."
+        )
+    if before.get("teacher") != now.get("teacher"):
+        raise UserError(
+            f"The teacher is {now.get('teacher')}, and the run in {folder.root} began with "
+            f"{before.get('teacher')}; restore its weights, or start a new run."
         )
     if difference := changes(before["data"], now["data"]):
         raise UserError(
@@ -220,7 +228,8 @@ class _Run:
             ) as trackers,
         ):
             warning = emulation_note(recipe.mixed_precision, accelerator.device)
-            for line in (headline(session, folder.root), *notes, warning):
+            replaced = session.replaced.splitlines() if self.progression.epoch == 0 else []
+            for line in (headline(session, folder.root), *replaced, *notes, warning):
                 if line is not None:
                     log.say(line)
             for note in session.data.notes:
@@ -240,6 +249,8 @@ class _Run:
                     left = log.remaining(session.steps_through(epoch), session.trainer.spent_share)
                     log.say(epoch_line(row, recipe.epochs, left))
                     self._leave_if_asked(request.signum if epoch < recipe.epochs else 0)
+                if recipe.epochs == 0:
+                    self._keep()
             except (KeyboardInterrupt, Stopped):
                 log.say(
                     f"Stopped. {folder.last} holds the state {self.progression.place}; go on with: "
@@ -250,7 +261,8 @@ class _Run:
                 raise killed_worker(error) or error from None
             record = self._measure()
             if accelerator.is_main_process:
-                plot_curves(folder.curves, self.rows, record)
+                if self.rows:
+                    plot_curves(folder.curves, self.rows, record)
                 record.save(folder.record)
                 trackers.log_record(record)
                 shutil.rmtree(previous_of(folder.last), ignore_errors=True)
@@ -272,9 +284,7 @@ class _Run:
             on_update=lambda so_far: self._between_updates(so_far, request),
             sums=dataclasses.replace(sums[rank]) if sums else None,
         )
-        reached = dataclasses.replace(
-            self.progression, epoch=epoch, sums=(), updates=trainer.updates
-        )
+        reached = dataclasses.replace(self.progression, epoch=epoch, sums=(), **self._where())
         if metrics is None or _better(metrics, reached):
             reached = dataclasses.replace(
                 reached,
@@ -282,9 +292,7 @@ class _Run:
                 best_top1=metrics.top1 if metrics else 0,
                 best_loss=metrics.loss if metrics else math.inf,
             )
-            with whole_weights(trainer.best_weights):
-                if session.accelerator.is_main_process:
-                    save_best(self.folder.best, trainer.best_weights, _info(session))
+            self._keep()
         return reached, _row(epoch, stats, metrics, trainer.optimizer.param_groups)
 
     def _between_updates(self, so_far: Callable[[], EpochSums], request: StopRequest) -> None:
@@ -306,9 +314,20 @@ class _Run:
         if due or signum:
             everyones = gather_object([dataclasses.astuple(so_far())])
             sums = tuple(EpochSums(*values) for values in everyones)
-            self.save(dataclasses.replace(self.progression, sums=sums, updates=trainer.updates))
+            self.save(dataclasses.replace(self.progression, sums=sums, **self._where()))
         if signum:
             raise Stopped(f"Stopped by signal {signum}.", signum)
+
+    def _keep(self) -> None:
+        """Write ``best/`` from the weights as they are."""
+        weights = self.session.trainer.best_weights
+        with whole_weights(weights):
+            if self.session.accelerator.is_main_process:
+                save_best(self.folder.best, weights, _info(self.session))
+
+    def _where(self) -> dict[str, Any]:
+        trainer = self.session.trainer
+        return {"updates": trainer.updates, "aligning": trainer.aligning}
 
     def _leave_if_asked(self, signum: int) -> None:
         """Stop between epochs, if a signal came to any process."""
@@ -343,11 +362,18 @@ class _Run:
         accelerator = session.accelerator
         model, _ = build_model(f"local-dir:{self.folder.best}", pretrained=True)
         place(accelerator, model)
+        teacher = session.trainer.teacher
         measured: dict[str, Any] = {}
         described: tuple[Metrics, str] | None = None  # the test set comes last, and goes first
         for name in ("val", "test"):
             if (batches := session.opened(name)) is not None:
-                metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
+                metrics = evaluate_model(
+                    model,
+                    batches,
+                    recipe.batch_size,
+                    accelerator,
+                    None if teacher is None else teacher.model,
+                )
                 measured |= split_fields(name, metrics)
                 described = (metrics, name)
         if described is not None and accelerator.is_main_process:
@@ -357,7 +383,7 @@ class _Run:
         return Record(
             kind="train",
             model=session.model_name,
-            model_kwargs=recipe.model_kwargs,
+            model_kwargs=session.model_kwargs,
             params=session.num_params,
             data=recipe.data,
             img_size=session.preprocessing.img_size,
@@ -365,6 +391,7 @@ class _Run:
             num_classes=session.data.num_classes,
             skipped_images=len(session.data.skipped),
             initial_weights=session.initial_weights,
+            teacher=None if teacher is None else teacher.name,
             data_digest=digest_of(self.origin["data"]),
             epochs=len(self.rows),
             best_epoch=self.progression.best_epoch,
@@ -375,9 +402,13 @@ class _Run:
             mixed_precision=recipe.mixed_precision,
             cpu_seconds=round(session.trainer.cpu_seconds, 2),
             seconds=round(seconds, 2),
-            images_per_s=round(sum(row.train_images for row in self.rows) / seconds, 1),
-            data_wait_percent=round(100 * waited / seconds, 2),
-            step_ms=highest(accelerator, round(1000 * seconds / session.trainer.updates, 2)),
+            images_per_s=round(sum(row.train_images for row in self.rows) / seconds, 1)
+            if self.rows
+            else 0.0,
+            data_wait_percent=round(100 * waited / seconds, 2) if self.rows else None,
+            step_ms=highest(accelerator, round(1000 * seconds / session.trainer.updates, 2))
+            if self.rows
+            else None,
             **measured,
             **environment(accelerator),
         )
@@ -395,6 +426,8 @@ def _restore(session: Session, checkpoint: Checkpoint, root: Path) -> None:
     progression = checkpoint.progression
     running = progression.epoch + (1 if progression.sums else 0)
     session.enter(running)  # the size that the weights have
+    if session.trainer.aligning and not progression.aligning:  # a budget ended that part sooner
+        session.end_alignment()
     if progression.num_processes != accelerator.num_processes:
         raise UserError(
             f"{root} was started with {progression.num_processes} processes, and these are "
