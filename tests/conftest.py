@@ -1,5 +1,6 @@
 """A model that trains an epoch of digits in a tenth of a second, and a clean slate per test."""
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,18 @@ def _clean_slate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are files of one pixel: drawing a run's takes longer than training it here."""
+    dot = io.BytesIO()
+    Image.new("L", (1, 1)).save(dot, "png")
+
+    def savefig(figure: object, path: str | Path, **options: object) -> None:
+        Path(path).write_bytes(dot.getvalue())
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from timm_xformers.weights import read_manifest
 
 from ..made_records import record
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "train_scripts"
 TINY = [
     "--model",

@@ -21,6 +21,8 @@ from timm_xformers.predicting.evaluate import evaluate
 from timm_xformers.recipe import Recipe
 from timm_xformers.training.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 SQUARES = Preprocessing(img_size=16, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 

@@ -10,7 +10,7 @@ from timm_xformers.layers.local import (
     _free_row,
     local_attention,
 )
-from timm_xformers.layers.windows import cut_map, cut_side, join_map
+from timm_xformers.layers.windows import cut_map, cut_side, join_map, side_by_side
 
 DTYPES = [pytest.param(torch.float64, 1e-12, id="f64"), pytest.param(torch.float32, 1e-5, id="f32")]
 
@@ -161,6 +161,36 @@ def test_every_token_asks_once_and_its_windows_are_joined_in_order(
         for asks, answers in zip(q.flatten(1).tolist(), k.flatten(1).tolist(), strict=True):
             assert set(asks) <= set(answers)
             assert len(set(answers)) == len(answers), "a key counts once"
+
+
+# PyTorch has no batching rule for its fused attention, and takes one call after another.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", [Local1dAttention, Local2dAttention])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_joint_projection_is_cut_at_once(kind, depth):
+    torch.manual_seed(0)
+    layer = kind(16, 2, window_size=4, neighbours=False, shifted=True).double().eval()
+    layer.set_layout((9, 8), 0, depth)
+    x = torch.randn(3, 72, 16, dtype=torch.float64)
+    with torch.no_grad():
+        q, k, v = layer.project(x)
+        joint = side_by_side(q, k, v)
+        assert joint.data_ptr() == q.data_ptr()
+        assert torch.equal(joint, torch.cat([q, k, v], dim=1))
+        torch.testing.assert_close(layer(x), layer(x.clone().requires_grad_()))
+        fast = layer(x)
+        torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], fast)
+        mask = torch.ones(3, 1, 1, 72, dtype=torch.bool)
+        torch.testing.assert_close(layer(x, attn_mask=mask), fast)
+        # What does not lie like that is cut one by one.
+        assert side_by_side(k, q, v) is None
+        assert side_by_side(q, k, k) is None
+        assert side_by_side(q, k.clone(), v) is None
+        assert side_by_side(q.contiguous(), k.contiguous(), v.contiguous()) is None
+        assert side_by_side(q[:, :, :40], k[:, :, :40], v[:, :, :40]) is None
+    with torch.enable_grad():
+        torch.testing.assert_close(layer(x), fast)
+        assert side_by_side(q, k, v) is None, "its gradient would be that of a whole projection"
 
 
 def test_a_layer_reaches_its_neighbours_and_no_further():

@@ -18,6 +18,8 @@ from timm_xformers.predicting.evaluate import evaluate
 from timm_xformers.recipe import Recipe
 from timm_xformers.training.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 COLOURS = {"blue": 2, "green": 1, "red": 0}
 
 

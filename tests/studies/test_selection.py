@@ -27,6 +27,12 @@ from timm_xformers.studies.selecting.space import Space
 GRID = Space(grid=[{"lr": [3e-3], "model_kwargs.depth": [1, 2]}], folds=2)
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(request):
+    if not request.node.name.startswith("test_plot"):
+        request.getfixturevalue("quick_pictures")
+
+
 def fold_result(values, fold, top1=50.0, loss=1.0, params=10, state="complete"):
     return FoldResult(
         values=values,

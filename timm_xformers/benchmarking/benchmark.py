@@ -20,17 +20,16 @@ import torch
 import timm_xformers
 from timm_xformers.benchmarking.cases import baseline_of, check, contenders_of, points_of
 from timm_xformers.benchmarking.compare import Row, Summary, rows_of
+from timm_xformers.benchmarking.layers import build_sized
 from timm_xformers.benchmarking.peers import PEERS
 from timm_xformers.benchmarking.plots import plot_benchmark
 from timm_xformers.benchmarking.settings import PASSES, Contender, Point, Settings
 from timm_xformers.benchmarking.tables import lines_of, markdown, timm_csv_text
 from timm_xformers.benchmarking.worker import can_fork
-from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import sweep, write_text
 from timm_xformers.files.tables import write_csv
 from timm_xformers.records.results_json import origin
-from timm_xformers.training.build import build_model
 from timm_xformers.training.devices import MALLOC_OPTIONS, emulation_note
 
 __all__ = ["Benchmark"]
@@ -222,10 +221,10 @@ class Benchmark:
         if point.kind == "layer":
             return point.size
         with torch.device("meta"):
-            model: Any = build_model(self.baseline.name, img_size=point.size or None)[0]
+            model, expects = build_sized(self.baseline.name, point.size)
         patches: int = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
-        side = Preprocessing.of_model(model, point.size or None).img_size
-        return patches + int(getattr(model, "num_prefix_tokens", 0)) if patches else side
+        prefix: int = getattr(model, "num_prefix_tokens", 0)
+        return patches + prefix if patches else expects.shape[1]
 
     def _note(self, reasons: dict[str, str], size: int) -> None:
         for label, reason in reasons.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from timm.layers import Attention
 
-from timm_xformers.benchmarking.layers import square_grid
+from timm_xformers.benchmarking.layers import build_sized, square_grid
 from timm_xformers.benchmarking.peers import peers_of
 from timm_xformers.benchmarking.settings import (
     ALLOCATORS,
@@ -24,7 +24,6 @@ from timm_xformers.benchmarking.settings import (
     Point,
     Settings,
 )
-from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, nearest
 from timm_xformers.layers.factory import ATTENTION
 from timm_xformers.layers.performer.triton.choice import shared_memory
@@ -126,8 +125,8 @@ def _check_layers(settings: Settings) -> None:
 def _check_models(settings: Settings) -> None:
     for name, size in itertools.product(settings.models, settings.img_sizes or (None,)):
         # Weights are built too: what fails must fail before anything is measured.
-        model: Any = build_model(name, img_size=size)[0]
-        check_input(model, Preprocessing.of_model(model, size).shape)
+        model, expects = build_sized(name, size)
+        check_input(model, expects.shape)
     if settings.baseline is not None and settings.baseline not in settings.models:
         raise UsageError(
             f"--baseline {settings.baseline!r} is none of the models measured"

@@ -14,7 +14,7 @@ from timm_xformers.layers.heads import HeadsAttention
 from timm_xformers.layers.layout import NeedsLayout
 from timm_xformers.training.build import build_model
 
-__all__ = ["build_contender", "square_grid"]
+__all__ = ["build_contender", "build_sized", "square_grid"]
 
 
 def build_contender(contender: Contender, point: Point, seed: int) -> tuple[nn.Module, Tensor]:
@@ -40,10 +40,19 @@ def build_contender(contender: Contender, point: Point, seed: int) -> tuple[nn.M
         shape: tuple[int, ...] = (point.batch_size, point.size, point.dim)
     else:
         dtype = torch.float32
-        module = _model(contender, point).to(point.device)
-        shape = (point.batch_size, *Preprocessing.of_model(module, point.size or None).shape)
+        module, expects = build_sized(contender.name, point.size)
+        if contender.peer:
+            _replace_attention(module, contender.peer)
+        module = module.to(point.device)
+        shape = (point.batch_size, *expects.shape)
     rng = torch.Generator().manual_seed(seed)
     return module, torch.randn(shape, generator=rng).to(point.device, dtype)
+
+
+def build_sized(name: str, size: int | None) -> tuple[Any, Preprocessing]:
+    """A model for images of a side in pixels, its own if 0 or None, and the input it expects."""
+    model = build_model(name, img_size=size or None)[0]
+    return model, Preprocessing.of_model(model, size or None)
 
 
 def square_grid(tokens: int) -> tuple[int, int]:
@@ -78,13 +87,6 @@ def _layer(contender: Contender, point: Point) -> Any:
         # Depth 0: windows in their places, as in every other block.
         layer.set_layout((side, side) if side else (1, point.size), prefix, 0)
     return layer
-
-
-def _model(contender: Contender, point: Point) -> Any:
-    model: Any = build_model(contender.name, img_size=point.size or None)[0]
-    if contender.peer:
-        _replace_attention(model, contender.peer)
-    return model
 
 
 def _replace_attention(model: Any, package: str) -> None:

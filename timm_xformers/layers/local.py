@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from timm_xformers.layers.heads import HeadsAttention, attend, is_open
 from timm_xformers.layers.layout import check_grid
-from timm_xformers.layers.windows import cut_map, cut_side, join_map, pick_pairs, take
+from timm_xformers.layers.windows import cut_map, cut_side, join_map, pick_pairs, side_by_side, take
 
 __all__ = ["Local1dAttention", "Local2dAttention", "local_attention"]
 
@@ -77,15 +77,25 @@ def local_attention(
         return _with_prefix(x, q, k, v, P, attn_mask, is_causal, dropout_p)
     row_runs = cut_side(rows, window_size[0], shift_size[0], neighbours)
     col_runs = cut_side(cols, window_size[1], shift_size[1], neighbours)
-    qs = cut_map(_grid(q, P, grid_size), row_runs, col_runs, False)
+    qs: list[Tensor] = []
     ks: list[Tensor] = []
     vs: list[Tensor] = []
     q_ids: list[Tensor] = []
     k_ids: list[Tensor] = []
     shared = neighbours or P > 0  # a key belongs to several windows
-    if not shared:
-        ks = cut_map(_grid(k, 0, grid_size), row_runs, col_runs, False)
-        vs = cut_map(_grid(v, 0, grid_size), row_runs, col_runs, False)
+    joint: Tensor | None = None
+    if not torch.jit.is_scripting() and not shared:
+        joint = side_by_side(q, k, v)
+    if joint is not None:
+        for part in cut_map(_grid(joint, 0, grid_size), row_runs, col_runs, False):
+            qs.append(part[:, :H])
+            ks.append(part[:, H : 2 * H])
+            vs.append(part[:, 2 * H :])
+    else:
+        qs = cut_map(_grid(q, P, grid_size), row_runs, col_runs, False)
+        if not shared:
+            ks = cut_map(_grid(k, 0, grid_size), row_runs, col_runs, False)
+            vs = cut_map(_grid(v, 0, grid_size), row_runs, col_runs, False)
     if shared or is_causal or attn_mask is not None:  # numbers of tokens, cut as tokens are
         ids = torch.arange(N, device=q.device)
         cells = ids[P:].reshape(1, rows, cols, 1, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["Run", "cut_map", "cut_side", "join_map", "merge", "partition", "pick_pairs"]
-__all__ += ["take", "window_mask"]
+__all__ += ["side_by_side", "take", "window_mask"]
 
 # Like windows in a row along one side: how many, start and length of the first one's queries, start
 # and length of its keys. Each of the others lies one length of queries further on.
@@ -112,6 +112,33 @@ def join_map(parts: list[Tensor], rows: list[Run], cols: list[Run]) -> Tensor:
             blocks.append(block.reshape(-1, nh * wh, nw * ww, H, D))
         bands.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2))
     return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
+
+
+def side_by_side(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Queries, keys and values (B, 3 * H, N, D) without a copy, where one projection holds them.
+
+    Cut together, a row of a window is one piece of memory. On a CPU, in eager mode and without
+    gradients; elsewhere None.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return None
+    if torch.is_grad_enabled() or type(q) is not Tensor or q.device.type != "cpu":
+        return None
+    (B, H, N, D), strides, width = q.shape, q.stride(), q.shape[1] * q.shape[3]
+    # Of two tokens and more, the second begins behind the first one's keys and values: whatever
+    # lies at those addresses is in the same memory.
+    if N < 2 or strides != (N * 3 * width, D, 3 * width, 1):
+        return None
+    if {(x.shape, x.stride(), x.dtype) for x in (k, v)} != {(q.shape, strides, q.dtype)}:
+        return None
+    try:
+        start, *others = (x.data_ptr() for x in (q, k, v))
+    except RuntimeError:  # within torch.func a tensor has no memory of its own
+        return None
+    step = width * q.element_size()
+    if others != [start + step, start + 2 * step]:
+        return None
+    return q.as_strided((B, 3 * H, N, D), strides)
 
 
 def take(x: Tensor, ids: Tensor) -> Tensor:
