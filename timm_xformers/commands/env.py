@@ -89,7 +89,11 @@ def _torch() -> dict[str, Any]:
     mkldnn: Any = torch.backends.mkldnn
     between = torch.get_num_interop_threads()
     blas = re.search(r"BLAS_INFO=(\w+)", build)
-    ours = [n for n in timm.list_models() if "timm_xformers" in timm.model_entrypoint(n).__module__]
+    ours = [
+        name
+        for name in timm.list_models(exclude_filters="retrofit")  # stands for another name
+        if "timm_xformers" in timm.model_entrypoint(name).__module__
+    ]
     return {
         "devices": "; ".join(devices) or "CPU only",
         "CUDA": f"{torch.version.cuda or 'none'} (driver in use: {torch.cuda.is_available()})",

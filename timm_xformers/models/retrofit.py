@@ -18,6 +18,7 @@ from timm_xformers.models._cfg import SOURCES, default_configs
 from timm_xformers.models._register import register_model
 from timm_xformers.models._trunk import filter_trunk, fit_projections
 from timm_xformers.replace.replacing import put_in
+from timm_xformers.replace.sites import attention_sites
 
 # What a model is when nobody says more; all that counts comes from the architecture.
 default_cfgs = default_configs({"retrofit": {"input_size": (3, 224, 224), "num_classes": 1000}})
@@ -63,12 +64,16 @@ def retrofit(
     # or of the architecture, which the layers take too.
     whole = any(sources.get(source) for source in SOURCES)
     cache_dir = kwargs.pop("cache_dir", None)
+    # As timm's ViTs: the features of the last three blocks, by forward_intermediates.
+    features: dict[str, Any] = {"feature_cls": "getter", "out_indices": 3}
 
     def build(**arguments: Any) -> nn.Module:
         model = timm.create_model(
             architecture, pretrained=pretrained and not whole, cache_dir=cache_dir, **arguments
         )
         put_in(model, **replacement)
+        if "out_indices" not in kwargs:
+            features["out_indices"] = min(3, len(attention_sites(model)))
         return model
 
     model: nn.Module = build_model_with_cfg(
@@ -79,7 +84,7 @@ def retrofit(
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_filter(architecture),
         cache_dir=cache_dir,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        feature_cfg=features,
         **kwargs,
     )
     return model

@@ -90,11 +90,15 @@ class Model:
 
 
 def our_models() -> list[str]:
-    """Names that this package registered with timm, in timm's order."""
+    """Names of models that this package registered with timm, in timm's order.
+
+    ``retrofit`` is none of them: it stands for another name with replaced attention.
+    """
     return [
         name
         for name in timm.list_models()
-        if timm.model_entrypoint(name).__module__.startswith("timm_xformers.")
+        if name != "retrofit"
+        and timm.model_entrypoint(name).__module__.startswith("timm_xformers.")
     ]
 
 
