@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from timm_xformers.data.data import open_data
+from timm_xformers.data.duplicates import shared_pictures
+from timm_xformers.data.hub import HubImages
+from timm_xformers.data.split import split_of
 from timm_xformers.recipe import Recipe
 
 
@@ -57,3 +60,9 @@ def test_copies_within_training_that_validation_draws(root):
     shutil.rmtree(root / "val")
     (note,) = notes(root, val_fraction=0.25)
     assert "in train and val (such as" in note
+
+
+def test_rows_without_a_picture_are_left_to_those_who_name_them():
+    rows = [{"image": None}, {"image": Image.new("L", (2, 2))}, {"image": {"path": "gone.png"}}]
+    split = split_of(HubImages(rows, "image", [0, 1, 1]), "L")
+    assert shared_pictures({"train": split, "test": split}) == []

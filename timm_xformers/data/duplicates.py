@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from timm_xformers.data.split import Split
 
@@ -26,10 +26,13 @@ def shared_pictures(splits: Mapping[str, Split]) -> list[str]:
     encoded = {name: split for name, split in splits.items() if split.encoded}
     if sum(map(len, encoded.values())) > LOOKED_THROUGH:
         return []
-    sizes = {name: list(_sizes(split)) for name, split in encoded.items()}
+    sizes = {
+        name: [_size(split, position) for position in range(len(split))]
+        for name, split in encoded.items()
+    }
     words = []
     for first, second in itertools.combinations(encoded, 2):
-        common = {*sizes[first]} & {*sizes[second]}
+        common = ({*sizes[first]} & {*sizes[second]}) - {None}
         digests = [
             {
                 hashlib.sha256(split.content(position)).digest(): split.name(position)
@@ -46,8 +49,10 @@ def shared_pictures(splits: Mapping[str, Split]) -> list[str]:
     return [f"the same picture twice, which flatters the figures: {'; '.join(words)}"]
 
 
-def _sizes(split: Split) -> Iterator[int]:
-    """Bytes of each file."""
-    for position in range(len(split)):
-        path = split.path(position)
-        yield len(split.content(position)) if path is None else path.stat().st_size
+def _size(split: Split, position: int) -> int | None:
+    """Bytes of a file; None if it cannot be read, which others will say."""
+    path = split.path(position)
+    try:
+        return len(split.content(position)) if path is None else path.stat().st_size
+    except Exception:
+        return None
