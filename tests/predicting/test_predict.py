@@ -85,7 +85,9 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_answered(
     assert main(["predict", str(finished_run), *files, "--json"]) == 1
     out, err = capsys.readouterr()
     assert [entry["image"] for entry in json.loads(out)] == good
-    assert err.startswith("error: Cannot read 2 of 4 images: text.png is no image; cut.png ")
+    assert err.startswith(
+        "error: Cannot read 2 of 4 images: text.png is no image; cut.png cannot be decoded: "
+    )
     assert err.count("\n") == 1
 
 

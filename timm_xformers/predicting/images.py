@@ -74,8 +74,9 @@ def open_image(name: str, mode: str) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # damaged bytes make decoders raise nearly anything
-        reason = "is no image" if "cannot identify" in str(error) else " ".join(str(error).split())
-        raise UserError(plain(reason) or type(error).__name__) from error
+        reason = plain(" ".join(str(error).split())) or type(error).__name__
+        told = "is no image" if "cannot identify" in reason else f"cannot be decoded: {reason}"
+        raise UserError(told) from error
 
 
 def _download(address: str) -> bytes:
