@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from timm_xformers.cli import main
-from timm_xformers.data.classes import match_names
+from timm_xformers.data.classes import alike_names, match_names
 from timm_xformers.data.sources import open_source
 from timm_xformers.errors import UserError
 from timm_xformers.predicting.evaluate import evaluate
@@ -194,6 +194,12 @@ def test_a_bare_file_says_that_position_decides(colours, tmp_path):
 )
 def test_names_are_matched_as_they_stand_then_loosely(names, known, expected):
     assert match_names(names, known).tolist() == expected
+
+
+def test_classes_that_look_alike_are_mentioned():
+    assert alike_names(["cat", "dog", "C++", "C#"]) == []
+    (line,) = alike_names(["cat", "Cat", "dog", "hot dog", "hot_dog"])
+    assert line.endswith("look alike: 'cat' and 'Cat', 'hot dog' and 'hot_dog'")
 
 
 def test_parts_with_other_numbers_are_brought_together(tmp_path, monkeypatch):

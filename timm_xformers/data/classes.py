@@ -10,7 +10,7 @@ from torch import Tensor
 from timm_xformers.errors import UserError
 from timm_xformers.files.text import plain
 
-__all__ = ["ONE_CLASS_EACH", "match_names", "refuse_lists"]
+__all__ = ["ONE_CLASS_EACH", "alike_names", "match_names", "refuse_lists"]
 
 # What is said wherever a picture turns out to have several classes.
 ONE_CLASS_EACH = (
@@ -63,6 +63,17 @@ def refuse_lists(source: str, names: Collection[str]) -> None:
                     f"{source} has the class {plain(name)!r}, a list of {len(parts)}: "
                     f"{ONE_CLASS_EACH}, or write a hyphen where this is one name."
                 )
+
+
+def alike_names(names: Sequence[str]) -> list[str]:
+    """A line on names that differ in case, spaces, hyphens or underscores alone; or none."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_loosely(name), []).append(name)
+    if alike := [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]:
+        more = ", ..." if len(alike) > 3 else ""
+        return [f"classes of their own, though they look alike: {', '.join(alike[:3])}{more}"]
+    return []
 
 
 def _loosely(name: str) -> str:

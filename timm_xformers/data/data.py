@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms import Compose, RandomErasing
 
 from timm_xformers.data.augment import Augmentation
+from timm_xformers.data.classes import alike_names
 from timm_xformers.data.damaged import drop_damaged, find_cut_files, refuse_damaged
 from timm_xformers.data.duplicates import shared_pictures
 from timm_xformers.data.known_sets import KNOWN_SETS, KnownSet
@@ -175,7 +176,7 @@ def open_data(
         std=std,
         in_memory=in_memory,
         skipped=tuple(skipped),
-        notes=(*source.notes, *doubled),
+        notes=(*source.notes, *alike_names(source.class_names), *doubled),
         undivided=undivided,
     )
 
