@@ -321,8 +321,7 @@ class HeadsAttention(nn.Module):
     ) -> Tensor:
         """`mix`, heads side by side, and the convolution of the values: (B, N, H * D)."""
         mixed = self.mix(q, k, v, attn_mask, is_causal)
-        # The number of channels is no -1: there may be no image.
-        mixed = mixed.transpose(1, 2).reshape(mixed.shape[0], mixed.shape[2], self.attn_dim)
+        mixed = mixed.transpose(1, 2).flatten(2)
         if self.dwc is not None:
             # Linformer may have one head of values for all.
             values = values_to_convolve(v, attn_mask, is_causal, self.num_heads)
