@@ -116,3 +116,12 @@ def test_recipe_and_record_have_no_folder(run_copy):
 def test_licence_must_be_a_name(finished_run, capsys):
     assert main(["publish", str(finished_run), "me/nano", "--dry-run", "--license", "A B"]) == 2
     assert "--license 'A B' is no name" in capsys.readouterr().err
+
+
+def test_five_guesses_of_three_classes_are_no_figure(run_copy, capsys):
+    path = run_copy / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_classes": 3}))
+    assert main(["publish", str(run_copy), "me/x", "--dry-run", "--license", "mit"]) == 0
+    said = capsys.readouterr().out
+    assert "Top-1 accuracy" in said
+    assert "Top-5 accuracy" not in said

@@ -119,7 +119,7 @@ def describe(name: str) -> KnownSet:
     """Words for a data set, also for one that nobody here knows."""
     unknown = KnownSet(
         title=name,
-        images=f"the data set {name}",
+        images="pictures in a folder" if name == "folder" else f"the data set {name}",
         limits="It knows the classes and the kind of images it was trained on, nothing else.",
     )
     return KNOWN_SETS.get(name, unknown)

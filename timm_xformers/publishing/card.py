@@ -58,10 +58,9 @@ class Card:
 def write_card(card: Card) -> str:
     """The whole file."""
     data = describe(card.trained.data)
-    accuracies = {
-        "Top-1 accuracy, %": card.tested.test_top1_percent,
-        "Top-5 accuracy, %": card.tested.test_top5_percent,
-    }
+    accuracies = {"Top-1 accuracy, %": card.tested.test_top1_percent}
+    if card.tested.num_classes > 5:  # else five guesses cannot miss
+        accuracies["Top-5 accuracy, %"] = card.tested.test_top5_percent
     head = ModelCardData(
         license=card.license,
         library_name="timm",
@@ -149,7 +148,8 @@ def _results(card: Card) -> str:
     for words, record, split in parts:
         names = ("images", "top1_percent", "top1_interval_percent", "top5_percent", "loss")
         images, top1, (low, high), top5, loss = (getattr(record, f"{split}_{n}") for n in names)
-        figures = [f"{images:,}", f"{top1:.2f}", f"{low:.2f} to {high:.2f}", f"{top5:.2f}"]
+        second = f"{top5:.2f}" if record.num_classes > 5 else "-"
+        figures = [f"{images:,}", f"{top1:.2f}", f"{low:.2f} to {high:.2f}", second]
         rows.append([words, *figures, f"{loss:.4f}"])
     heads = ["images of", "number", "top-1 %", "95 % interval", "top-5 %", "loss"]
     return "\n".join(markdown_table(heads, rows, "lrrlrr"))
