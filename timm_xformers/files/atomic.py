@@ -57,7 +57,8 @@ def write_file(path: Path) -> Iterator[Path]:
             error.filename = str(path)  # the name that the user knows
         raise
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses it before it looks
+            fresh.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
