@@ -441,17 +441,18 @@ def test_no_name_of_ours_was_taken(forks):
 
 def test_wheel_built_from_the_sdist_holds_what_it_should(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    recipes = {path.name for path in (ROOT / "train_scripts" / "recipes").glob("*.yaml")}
-    assert recipes
     assert "timm_xformers/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"timm_xformers"}
     assert not [name for name in names if "test" in name.rpartition("/")[2]]
 
+    recipes = ROOT / "train_scripts" / "recipes"
     package = [p for p in (ROOT / "timm_xformers").rglob("*.*") if p.suffix != ".pyc"]
     ours = {p.relative_to(ROOT).as_posix() for p in package if p.is_file()}
-    recipes = {f"timm_xformers/recipes/{name}" for name in recipes}
-    assert {name for name in names if name.startswith("timm_xformers/")} == ours | recipes
+    shipped = {p.relative_to(recipes).as_posix() for p in recipes.rglob("*.yaml")}
+    assert shipped
+    ours |= {f"timm_xformers/recipes/{name}" for name in shipped}
+    assert {name for name in names if name.startswith("timm_xformers/")} == ours
 
 
 def test_uninstalled_package_leaves_torch_and_timm_alone(wheel, bare):
