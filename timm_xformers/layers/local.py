@@ -71,10 +71,11 @@ def local_attention(
     if reach * window_size[0] >= rows and reach * window_size[1] >= cols:
         return attend(q, k, v, attn_mask, dropout_p, is_causal)
 
-    if not torch.jit.is_scripting() and rows == 1 and is_open(cols):
-        window, shift = window_size[1], shift_size[1]
-        x = _free_row(q, k, v, window, shift, neighbours, P, attn_mask, is_causal, dropout_p)
-        return _with_prefix(x, q, k, v, P, attn_mask, is_causal, dropout_p)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript compiles what follows "and")
+        if rows == 1 and is_open(cols):
+            window, shift = window_size[1], shift_size[1]
+            x = _free_row(q, k, v, window, shift, neighbours, P, attn_mask, is_causal, dropout_p)
+            return _with_prefix(x, q, k, v, P, attn_mask, is_causal, dropout_p)
     row_runs = cut_side(rows, window_size[0], shift_size[0], neighbours)
     col_runs = cut_side(cols, window_size[1], shift_size[1], neighbours)
     qs: list[Tensor] = []
@@ -84,8 +85,8 @@ def local_attention(
     k_ids: list[Tensor] = []
     shared = neighbours or P > 0  # a key belongs to several windows
     joint: Tensor | None = None
-    if not torch.jit.is_scripting() and not shared:
-        joint = side_by_side(q, k, v)
+    if not torch.jit.is_scripting():
+        joint = None if shared else side_by_side(q, k, v)
     if joint is not None:
         for part in cut_map(_grid(joint, 0, grid_size), row_runs, col_runs, False):
             qs.append(part[:, :H])
