@@ -39,7 +39,8 @@ ARROWS = {
     "analysing": (BELOW_TRAINING | {"benchmarking", "predicting", "training"}, None),
     "planning": (BELOW_TRAINING | {"training"}, None),
     "benchmarking": (BELOW_TRAINING | {"training"}, None),
-    "studies": (BELOW_TRAINING | {"training"}, None),
+    # A study says before it starts what it takes, and measures its arms side by side.
+    "studies": (BELOW_TRAINING | {"benchmarking", "planning", "training"}, None),
     "exporting": (BELOW_TRAINING | {"training"}, None),
     "publishing": (BELOW_TRAINING | {"planning", "predicting", "training"}, None),
     # Commands import what they need when they run: --help loads neither torch nor an extra.

@@ -22,8 +22,8 @@ from timm_xformers.training.signals import Stopped
 __all__ = ["main"]
 
 COMMANDS = (
-    *("train", "retrofit", "evaluate", "select", "report", "models", "predict", "explain"),
-    *("convert", "publish"),
+    *("train", "retrofit", "evaluate", "select", "study", "report", "models", "predict"),
+    *("explain", "convert", "publish"),
     *("recipe", "export", "shards", "plan", "benchmark", "env"),
 )
 # The file system's refusals: the user's to repair, wherever they come up.

@@ -59,6 +59,15 @@ class Checkout:
         """Words and figures for the table that no record has."""
         return self.results / "notes.yaml"
 
+    def studies(self) -> list[tuple[Path, Path]]:
+        """Folders of studies with records, and the page of each."""
+        folders = sorted(path.parent for path in self.results.glob("*/study.yaml"))
+        return [
+            (folder, self.root / "docs" / f"{folder.name}.md")
+            for folder in folders
+            if (folder / "records").is_dir()
+        ]
+
     def card(self, name: str) -> Path:
         """The card of a tag."""
         return self.cards / f"{name}.md"

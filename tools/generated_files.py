@@ -1,4 +1,4 @@
-"""What is written from records alone: a card for each packaged weight, tables of results.
+"""What is written from records alone: cards of packaged weights, tables of results, studies.
 
 Tests compare the files with what these functions give, so that nothing is edited by hand.
 """
@@ -13,6 +13,8 @@ from timm_xformers.files.atomic import write_text
 from timm_xformers.planning.catalog import build_empty
 from timm_xformers.publishing.card import Card, reproduction, write_card
 from timm_xformers.records.results_json import Record
+from timm_xformers.studies.running.definition import load_study
+from timm_xformers.studies.running.page import page_files
 from timm_xformers.weights import Weights, read_manifest
 from tools.checkout import Checkout
 from tools.readme_table import readme_table
@@ -34,6 +36,7 @@ def write_generated(checkout: Checkout) -> None:
     for name, text in package_cards(checkout).items():
         write_text(checkout.card(name), text)
     for path, text in _pages(checkout).items():
+        path.parent.mkdir(exist_ok=True)  # of a study's table
         write_text(path, text)
     if checkout.models_page.is_file():
         page = checkout.models_page.read_text(encoding="utf-8")
@@ -45,10 +48,14 @@ def _pages(checkout: Checkout) -> dict[Path, str]:
     """Pages with tables from records, as they should be."""
     tables = {"readme": readme_table(checkout), "results": results_table(checkout)}
     pages = (checkout.readme, checkout.results_page)
-    return {
+    found = {
         path: BLOCK.sub(lambda found: found[1] + tables[found[2]], path.read_text(encoding="utf-8"))
         for path in pages
     }
+    for folder, page in checkout.studies():
+        study = load_study(folder / "study.yaml")
+        found |= page_files(study, folder, page, checkout.root)
+    return found
 
 
 def _models_table(command: str, checkout: Checkout) -> str:
@@ -76,7 +83,7 @@ def stale_files(checkout: Checkout) -> list[str]:
     files += [
         path.relative_to(checkout.root).as_posix()
         for path, text in _pages(checkout).items()
-        if path.read_text(encoding="utf-8") != text
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
     return files
 

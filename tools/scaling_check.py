@@ -133,7 +133,7 @@ def _speeds() -> list[float]:
     for name, side in STEPS:
         recipe = Recipe(model=name, img_size=side, batch_size=BATCH_SIZE, val_fraction=0)
         session = open_session(recipe)
-        seconds.append(min(measure_steps(session, session.stage)[0] for _ in range(2)))
+        seconds.append(min(measure_steps(session, session.stage)[0][0] for _ in range(2)))
     return [*seconds, _decode_img_s()]
 
 

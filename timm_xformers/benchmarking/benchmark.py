@@ -6,6 +6,7 @@ from there after it was killed.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ from timm_xformers.files.tables import write_csv
 from timm_xformers.records.results_json import origin
 from timm_xformers.training.devices import MALLOC_OPTIONS, emulation_note
 
-__all__ = ["Benchmark"]
+__all__ = ["Benchmark", "measure"]
 
 WORKER = "timm_xformers.benchmarking.worker"
 # Read by glibc when a process starts; names of mallopt's options are in malloc.h.
@@ -123,7 +124,7 @@ class Benchmark:
                     if (p.allocator, p.threads) == (allocator, threads) and p not in known
                 ]
                 work = [(point, self.contenders) for point in points]
-                for found in self._measure("time", work) if work else ():
+                for found in self._measure("time", work):
                     if self.baseline.label in found["left_out"]:
                         raise UserError(
                             f"{self.baseline.label}, with which everything is compared, failed: "
@@ -148,7 +149,16 @@ class Benchmark:
             if any((row.point, row.contender) == (point, contender) for row in self.rows)
         ]
         peaks: dict[tuple[Point, Contender], float] = {}
-        for number, ((point, contender), found) in enumerate(self._memories(work), start=1):
+        # One allocator after the other, since it is a matter of the process.
+        work.sort(key=lambda case: settings.allocators.index(case[0].allocator))
+        measured = (
+            found
+            for _, mine in itertools.groupby(work, key=lambda case: case[0].allocator)
+            for found in self._measure("memory", [(point, [who]) for point, who in mine])
+        )
+        for number, ((point, contender), found) in enumerate(
+            zip(work, measured, strict=True), start=1
+        ):
             if "peak_mib" in found:
                 peaks[point, contender] = found["peak_mib"]
             else:
@@ -160,61 +170,12 @@ class Benchmark:
             for row in self.rows
         ]
 
-    def _memories(
-        self, work: Sequence[tuple[Point, Contender]]
-    ) -> Iterator[tuple[tuple[Point, Contender], dict[str, Any]]]:
-        """A process for each: copies of one that has only imported, or one from scratch."""
-        for allocator in self.settings.allocators:
-            mine = [case for case in work if case[0].allocator == allocator]
-            batches = [mine] if can_fork(self.settings.device or "cpu") else [[c] for c in mine]
-            for batch in filter(None, batches):
-                found = self._measure("memory", [(point, [who]) for point, who in batch])
-                yield from zip(batch, found, strict=True)
-
     def _measure(
         self, kind: str, work: Sequence[tuple[Point, Sequence[Contender]]]
     ) -> Iterator[dict[str, Any]]:
-        settings, first = self.settings, work[0][0]
-        job = {
-            "kind": kind,
-            "device": first.device,
-            "threads": first.threads,
-            "effort": {
-                name: getattr(settings, name)
-                for name in ("rounds", "min_ms", "limit_seconds", "seed")
-            },
-            "work": [
-                {"point": dataclasses.asdict(point), "contenders": [*map(dataclasses.asdict, who)]}
-                for point, who in work
-            ],
-        }
-        log = settings.output / "log.txt"
-        with (
-            tempfile.TemporaryFile("w+", encoding="utf-8") as given,
-            log.open("a", encoding="utf-8") as errors,
-        ):
-            json.dump(job, given)
-            given.seek(0)
-            with subprocess.Popen(
-                [sys.executable, "-m", WORKER],
-                stdin=given,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environ(first.allocator, first.threads),
-            ) as process:
-                try:
-                    for line in process.stdout or ():
-                        yield json.loads(line)
-                except BaseException:
-                    process.kill()
-                    raise
-        if process.returncode:
-            last = (log.read_text(encoding="utf-8").strip() or "nothing").splitlines()[-1]
-            raise UserError(
-                f"A process that measures ended with code {process.returncode}: {last} (all in "
-                f"{log}; code -9 means that memory ran out)."
-            )
+        names = ("rounds", "min_ms", "limit_seconds", "seed")
+        effort = {name: getattr(self.settings, name) for name in names}
+        yield from measure(kind, work, effort, self.settings.output / "log.txt")
 
     def _tokens(self, point: Point) -> int:
         """Tokens of a layer, or of the baseline model; pixels of its side where it has none."""
@@ -258,6 +219,77 @@ class Benchmark:
         write_text(output / "benchmark.md", markdown(result, self.rows))
         if self.settings.models:
             write_text(output / "timm.csv", timm_csv_text(self.rows))
+
+
+def measure(
+    kind: str,
+    work: Sequence[tuple[Point, Sequence[Contender]]],
+    effort: dict[str, Any],
+    log: Path,
+) -> Iterator[dict[str, Any]]:
+    """Measure points in processes of their own.
+
+    Args:
+        kind: ``time``, of all contenders of a point side by side, or ``memory``, of one.
+        work: Points of one device, allocator and number of threads, with their contenders.
+        effort: ``rounds``, ``min_ms``, ``limit_seconds`` and ``seed`` of `Settings`.
+        log: Receives what the processes say.
+
+    Yields:
+        For each point what `worker.measure_time` or `worker.measure_memory` found.
+
+    Raises:
+        UserError: A process ended early.
+    """
+    # Memory takes copies of one process that has only imported, or one from scratch for each.
+    alone = kind == "memory" and work and not can_fork(work[0][0].device)
+    for part in [[case] for case in work] if alone else [work] if work else []:
+        yield from _in_process(kind, part, effort, log)
+
+
+def _in_process(
+    kind: str,
+    work: Sequence[tuple[Point, Sequence[Contender]]],
+    effort: dict[str, Any],
+    log: Path,
+) -> Iterator[dict[str, Any]]:
+    first = work[0][0]
+    job = {
+        "kind": kind,
+        "device": first.device,
+        "threads": first.threads,
+        "effort": effort,
+        "work": [
+            {"point": dataclasses.asdict(point), "contenders": [*map(dataclasses.asdict, who)]}
+            for point, who in work
+        ],
+    }
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as given,
+        log.open("a", encoding="utf-8") as errors,
+    ):
+        json.dump(job, given)
+        given.seek(0)
+        with subprocess.Popen(
+            [sys.executable, "-m", WORKER],
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environ(first.allocator, first.threads),
+        ) as process:
+            try:
+                for line in process.stdout or ():
+                    yield json.loads(line)
+            except BaseException:
+                process.kill()
+                raise
+    if process.returncode:
+        last = (log.read_text(encoding="utf-8").strip() or "nothing").splitlines()[-1]
+        raise UserError(
+            f"A process that measures ended with code {process.returncode}: {last} (all in "
+            f"{log}; code -9 means that memory ran out)."
+        )
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -40,7 +40,7 @@ def build_contender(contender: Contender, point: Point, seed: int) -> tuple[nn.M
         shape: tuple[int, ...] = (point.batch_size, point.size, point.dim)
     else:
         dtype = torch.float32
-        module, expects = build_sized(contender.name, point.size)
+        module, expects = build_sized(contender.name, point.size, **contender.kwargs)
         if contender.peer:
             _replace_attention(module, contender.peer)
         module = module.to(point.device)
@@ -49,10 +49,10 @@ def build_contender(contender: Contender, point: Point, seed: int) -> tuple[nn.M
     return module, torch.randn(shape, generator=rng).to(point.device, dtype)
 
 
-def build_sized(name: str, size: int | None) -> tuple[Any, Preprocessing]:
+def build_sized(name: str, size: int | None, **kwargs: Any) -> tuple[Any, Preprocessing]:
     """A model for images of a side in pixels, its own if 0 or None, and the input it expects."""
-    model = build_model(name, img_size=size or None)[0]
-    return model, Preprocessing.of_model(model, size or None)
+    model = build_model(name, img_size=size or None, **kwargs)[0]
+    return model, Preprocessing.of_model(model, size or None, kwargs.get("in_chans"))
 
 
 def square_grid(tokens: int) -> tuple[int, int]:

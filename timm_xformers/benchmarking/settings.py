@@ -1,6 +1,6 @@
 """What a benchmark is asked to measure. No torch: the command line reads this."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +154,21 @@ class Contender:
         name: Mechanism or model of ours or timm's.
         peer: Package whose form of the mechanism takes its place; empty: none.
         mode: One of `MODES`.
+        title: What to call it instead of its name.
+        kwargs: Further arguments of a model.
     """
 
     name: str
     peer: str = ""
     mode: str = "eager"
+    title: str = ""
+    kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def label(self) -> str:
         """Name for people; no two contenders of a point share it."""
+        if self.title:
+            return self.title
         name = f"{self.peer}: {self.name}" if self.peer else self.name
         return name if self.mode == "eager" else f"{name}, {self.mode}"
 

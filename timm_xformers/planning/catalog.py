@@ -218,14 +218,19 @@ def catalog(
     return models, refused
 
 
-def build_empty(name: str, img_size: int | None = None) -> Any:
+def build_empty(name: str, img_size: int | None = None, **kwargs: Any) -> Any:
     """A model whose parameters have shapes but neither values nor memory, on the meta device.
+
+    Args:
+        name: Name for timm.
+        img_size: Side of the input.
+        kwargs: Further arguments of the model.
 
     Raises:
         UserError: The model does not take ``img_size``.
     """
     with torch.device("meta"):
-        return build_model(name, img_size=img_size)[0]
+        return build_model(name, img_size=img_size, **kwargs)[0]
 
 
 def count_params(model: nn.Module) -> int:
@@ -239,6 +244,7 @@ def measure(
     img_size: int | None = None,
     batch_size: int = 64,
     weights: tuple[str, ...] = (),
+    in_chans: int | None = None,
 ) -> Model:
     """Run a model from `build_empty` once in training mode, on tensors without values.
 
@@ -250,11 +256,12 @@ def measure(
         img_size: What it was built with.
         batch_size: Images in the batch.
         weights: Tags to list.
+        in_chans: Colour channels it was built with, if others than its own.
 
     Raises:
         UserError: The model does not take such a batch.
     """
-    expects = Preprocessing.of_model(model, img_size)
+    expects = Preprocessing.of_model(model, img_size, in_chans)
     side, shape = expects.img_size, expects.shape
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")

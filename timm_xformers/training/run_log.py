@@ -15,6 +15,9 @@ from timm_xformers.training.session import Session
 
 __all__ = ["RunLog", "epoch_line", "headline", "summary"]
 
+# Between two lines on an epoch under way, where there is no terminal for a bar.
+PROGRESS_SECONDS = 60.0
+
 
 class RunLog:
     """Speaks for one run, on the main process.
@@ -42,7 +45,7 @@ class RunLog:
         self.log = log_path.open("a", encoding="utf-8") if log_path and speaking else None
         self.total_steps = total_steps
         self.start_steps, self.start_share = done_steps, done_share
-        self.start = time.perf_counter()
+        self.start = self.told = time.perf_counter()
         self.bar = tqdm(
             total=total_steps,
             initial=done_steps,
@@ -68,6 +71,8 @@ class RunLog:
             self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self.log.flush()
 
+        self.told = time.perf_counter()
+
         def write() -> None:
             self.bar.write(text, file=sys.stderr)
             sys.stderr.flush()
@@ -88,15 +93,19 @@ class RunLog:
     def at(
         self, step: int, epoch: str, loss: float, top1_percent: float | None, images_per_s: float
     ) -> None:
-        """Move the bar to a step of the run."""
-        if self.bar.disable:
+        """Move the bar to a step of the run; without one, say so once a minute, beside the log."""
+        if not self.speaking or self.gone:
             return
-        self.bar.set_description(epoch, refresh=False)
         top1 = "" if top1_percent is None else f"top-1 {top1_percent:.1f} %, "
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}, {top1}{images_per_s:.0f} images/s", refresh=False
-        )
-        self._show(lambda: self.bar.update(step - self.bar.n))
+        figures = f"loss {loss:.3f}, {top1}{images_per_s:.0f} images/s"
+        if not self.bar.disable:
+            self.bar.set_description(epoch, refresh=False)
+            self.bar.set_postfix_str(figures, refresh=False)
+            self._show(lambda: self.bar.update(step - self.bar.n))
+        elif time.perf_counter() - self.told > PROGRESS_SECONDS:
+            self.told = time.perf_counter()
+            text = f"{epoch}, step {step} of {self.total_steps}: {figures}"
+            self._show(lambda: print(text, file=sys.stderr, flush=True))
 
     def remaining(self, step: int, spent_share: float = 0.0) -> str:
         """Words for the time that is left, judged by this session's steps, or use of a budget."""

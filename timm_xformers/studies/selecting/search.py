@@ -1,32 +1,21 @@
-"""The folder of a selection: what was asked for, what is done, and who is at work on the rest.
+"""The folder of a selection: what was asked for, what is done, and who is at work on the rest."""
 
-What is finished is a file. What is being worked on is a lock that the system takes back when its
-holder dies, however it dies. So there is nothing to repair after a crash, and any number of
-processes, started together or one after the other, can work in one folder.
-"""
-
-import contextlib
 import dataclasses
 import hashlib
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import write_text
 from timm_xformers.recipe import Recipe
 from timm_xformers.studies.selecting.folds import FoldResult, Folds, configuration_key, run_fold
 from timm_xformers.studies.selecting.space import Space
+from timm_xformers.studies.shared_folder import SharedFolder
 
-__all__ = ["POLL_SECONDS", "Search"]
-
-# Between two looks at whether others have finished what is left.
-POLL_SECONDS = 0.2
+__all__ = ["Search"]
 
 
 def _file(name: str, what: str) -> Any:
@@ -34,7 +23,7 @@ def _file(name: str, what: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class Search(SharedFolder):
     """A recipe, what varies in it, and the folder that receives everything.
 
     Attributes:
@@ -53,7 +42,6 @@ class Search:
     plot = _file("selection.png", "The same, drawn.")
     best = _file("best.yaml", "The recipe that was chosen.")
     final = _file("final", "Run folder of the training on all images.")
-    log = _file("log.txt", "A line for everything that was finished.")
 
     def create(self, folds: Folds, check: Callable[[], None]) -> None:
         """Create the folder, or enter one that was created for the same search.
@@ -103,28 +91,6 @@ class Search:
         content = {"data": data, "space": dataclasses.asdict(self.space), "recipe": recipe}
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
-    @contextlib.contextmanager
-    def claim(self, name: str, *, wait: bool = False) -> Iterator[bool]:
-        """Hold a name, if nobody else does; its holder's end, even a sudden one, frees it.
-
-        Args:
-            name: What is claimed.
-            wait: Until it is free.
-
-        Yields:
-            Whether it is ours; always so after waiting.
-        """
-        lock = FileLock(self.root / "locks" / f"{name}.lock", timeout=-1 if wait else 0)
-        try:
-            lock.acquire(poll_interval=POLL_SECONDS)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
     def result_path(self, values: dict[str, Any], fold: int) -> Path:
         """File of one configuration's result on one fold."""
         return self.root / "folds" / f"{configuration_key(values)}-{fold}.json"
@@ -168,9 +134,3 @@ class Search:
             f"{text}, {result.seconds:.1f} s" + (f": {result.reason}" if result.reason else "")
         )
         return result
-
-    def say(self, text: str) -> None:
-        """Show a line and log it."""
-        print(text, file=sys.stderr, flush=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

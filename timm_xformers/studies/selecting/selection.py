@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import shutil
 import time
 from multiprocessing import connection
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from timm_xformers.data.loader import usable_cores
 from timm_xformers.errors import UsageError, UserError, require_extra
-from timm_xformers.recipe import Recipe, load_recipe, override
+from timm_xformers.recipe import Recipe, override
 from timm_xformers.records.results_json import Record
 from timm_xformers.records.run_folder import plain_name
 from timm_xformers.studies.selecting.folds import FoldResult, Folds, open_fold, open_folds
@@ -29,10 +28,11 @@ from timm_xformers.studies.selecting.ranking import (
     write_folds,
     write_markdown,
 )
-from timm_xformers.studies.selecting.search import POLL_SECONDS, Search
+from timm_xformers.studies.selecting.search import Search
 from timm_xformers.studies.selecting.space import Space
 from timm_xformers.studies.selecting.trials import tried, work_on_trials
-from timm_xformers.training.train import resume, train
+from timm_xformers.studies.shared_folder import POLL_SECONDS
+from timm_xformers.studies.whole_run import train_whole
 
 __all__ = ["select"]
 
@@ -185,14 +185,6 @@ def _summaries(search: Search) -> list[Summary]:
 
 def _train_final(search: Search, chosen: Recipe) -> Record:
     """Train on everything and test once; go on with a training that was interrupted."""
-    folder = search.final
-    if (folder / "results.json").is_file():
-        return Record.load(folder / "results.json")
-    search.say(f"training the best configuration on all training images, into {folder}")
-    if any((folder / name).exists() for name in ("last", "last.previous")):
-        stored = load_recipe(str(folder / "recipe.yaml"), {})
-        if stored.digest == chosen.digest:
-            changes = {"data_dir": chosen.data_dir, "num_workers": chosen.num_workers}
-            return resume(folder, **changes)[1]
-    shutil.rmtree(folder, ignore_errors=True)  # killed before its first step
-    return train(dataclasses.replace(chosen, output=str(folder)))[1]
+    if not (search.final / "results.json").is_file():
+        search.say(f"training the best configuration on all training images, into {search.final}")
+    return train_whole(chosen, search.final)

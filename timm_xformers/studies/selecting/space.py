@@ -137,7 +137,8 @@ def _mapping(value: Any, name: str) -> dict[str, Any]:
         if key.partition(".")[0] in FIXED:
             raise UsageError(
                 f"{key} cannot vary: configurations are compared on the same images, and luck is "
-                "not chosen; set it in the recipe."
+                "not chosen; set it in the recipe. Models are compared over seeds by "
+                "`timm-xformers study`."
             )
     return value
 

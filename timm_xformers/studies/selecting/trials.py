@@ -18,7 +18,8 @@ from typing import Any
 from timm_xformers.data.sampling import derive_seed
 from timm_xformers.errors import UserError
 from timm_xformers.studies.selecting.folds import Folds
-from timm_xformers.studies.selecting.search import POLL_SECONDS, Search
+from timm_xformers.studies.selecting.search import Search
+from timm_xformers.studies.shared_folder import POLL_SECONDS
 
 __all__ = ["tried", "work_on_trials"]
 

@@ -1,0 +1,434 @@
+"""The page of a study, from its file, its records and its costs alone."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_xformers.errors import UsageError, UserError
+from timm_xformers.files.atomic import write_text
+from timm_xformers.files.tables import cell_text, csv_text, markdown_table
+from timm_xformers.recipe import NO_INFLUENCE, Recipe
+from timm_xformers.records.find_runs import Run
+from timm_xformers.studies.comparing.groups import Estimate, Group, Metric, difference
+from timm_xformers.studies.comparing.report_plots import PLOTS, Cost, picture_names, plot_report
+from timm_xformers.studies.running.costs import read_costs
+from timm_xformers.studies.running.definition import PlannedRun, Study
+from timm_xformers.studies.running.folder import StudyFolder
+
+__all__ = ["page_files", "write_page"]
+
+NAMES = {"test": "test", "val": "validation"}
+# Costs that pictures show: file, label of the axis, column of `Row.costs`.
+COSTS = (
+    ("accuracy_training.png", "Training: milliseconds an image", "train_ms"),
+    ("accuracy_inference.png", "Inference: milliseconds an image", "infer_ms"),
+    ("accuracy_memory.png", "Peak memory of a training step (MiB)", "peak_mib"),
+    ("accuracy_gmacs.png", "Billions of multiply-adds an image, forward", "gmacs"),
+    ("accuracy_params.png", "Parameters", "params"),
+    ("accuracy_seconds.png", "Processor seconds of a run's training", "cpu_seconds"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An arm on a data set.
+
+    Attributes:
+        arm: Its name.
+        data: The data set.
+        group: Its finished runs; None if there is none.
+        missing: Seeds without a record.
+        gap: How far it is above the baseline, over the seeds that both have.
+        costs: Whatever is known of `COSTS`, ratios to the baseline, and whether it was steady.
+    """
+
+    arm: str
+    data: str
+    group: Group | None
+    missing: list[int]
+    gap: Estimate | None
+    costs: dict[str, Any]
+
+
+def write_page(study: Study, root: Path, page: Path) -> list[str]:
+    """Write a page, its pictures and its table as CSV beside it, in a folder of its name.
+
+    Args:
+        study: What was compared.
+        root: Folder of the study.
+        page: The Markdown file.
+
+    Returns:
+        What was left out, and why.
+
+    Raises:
+        UserError: There is no record yet, or the records do not fit the file.
+    """
+    if page.suffix != ".md":
+        raise UsageError(f"{page} is no name for a page; end it in .md.")
+    others = StudyFolder(root).finished(study)[1]
+    rows = _rows(study, root)
+    assets = page.with_suffix("")
+    try:
+        assets.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot create {assets}: {error.strerror}; choose another page."
+        ) from error
+    pictures = [file for file, _, _ in COSTS] + list(PLOTS)
+    for name in pictures:  # of an earlier page
+        (assets / name).unlink(missing_ok=True)
+    plot_report(assets, _groups(rows), _metric(study), _drawn_costs(rows))
+    for path, text in page_files(study, root, page).items():
+        write_text(path, text)
+    return others
+
+
+def page_files(study: Study, root: Path, page: Path, base: Path | None = None) -> dict[Path, str]:
+    """The page and its table as text, by file.
+
+    Args:
+        study: What was compared.
+        root: Folder of the study.
+        page: The Markdown file.
+        base: Folder that paths on the page start from; None: the present one.
+
+    Raises:
+        UserError: There is no record yet, or the records do not fit the file.
+    """
+    rows = _rows(study, root)
+    where = {
+        name: Path(os.path.relpath(path, base)).as_posix()
+        for name, path in (("file", study.source), ("root", root), ("page", page))
+    }
+    assets = page.with_suffix("")
+    pictures = picture_names(_groups(rows), _metric(study), _drawn_costs(rows))
+    text = _markdown(study, rows, read_costs(StudyFolder(root), study), pictures, where)
+    return {page: text, assets / "table.csv": csv_text(map(_csv_row, rows))}
+
+
+def _metric(study: Study) -> Metric:
+    return "val" if study.metric == "val" else "test"
+
+
+def _rows(study: Study, root: Path) -> list[Row]:
+    folder = StudyFolder(root)
+    finished, _ = folder.finished(study)
+    if not finished:
+        raise UserError(
+            f"There is no record of {study.source} in {folder.records} yet; train first, or name "
+            "the folder by --output."
+        )
+    costs = read_costs(folder, study)
+    rows = []
+    for data in study.data:
+        groups = {}
+        for arm in study.arms:
+            runs = [run for run in _planned(study, arm.name, data) if run.key in finished]
+            found: tuple[Run, ...] = tuple(finished[run.key] for run in runs)
+            groups[arm.name] = Group(arm.name, found) if found else None
+        reference = groups[study.baseline]
+        measured = costs.get("data", {}).get(data, {})
+        for name, group in groups.items():
+            gap = None
+            if group is not None and reference is not None and name != study.baseline:
+                gap = difference(group, reference, _metric(study))
+            missing = [run.seed for run in _planned(study, name, data) if run.key not in finished]
+            costs_of = _costs_of(group, measured.get("arms", {}).get(name, {}))
+            rows.append(Row(name, data, group, missing, gap, costs_of))
+    return rows
+
+
+def _planned(study: Study, arm: str, data: str) -> list[PlannedRun]:
+    return [run for run in study.runs if (run.arm, run.data) == (arm, data)]
+
+
+def _costs_of(group: Group | None, measured: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: measured[name] for name in ("params", "gmacs", "peak_mib") if name in measured}
+    for kind in ("train", "infer"):
+        if f"{kind}_img_s" in measured:
+            found[f"{kind}_img_s"] = measured[f"{kind}_img_s"][0]
+            found[f"{kind}_ms"] = 1e3 / measured[f"{kind}_img_s"][0]
+            found[f"{kind}_steady"] = measured[f"{kind}_steady"]
+        if f"{kind}_ratio" in measured:
+            found[f"{kind}_ratio"] = measured[f"{kind}_ratio"][0]
+    if group is not None:
+        found["params"] = group.record.params
+        seconds = group.mean("cpu_seconds")
+        if seconds is not None:
+            found["cpu_seconds"] = seconds
+    return found
+
+
+def _groups(rows: Sequence[Row]) -> list[Group]:
+    return [row.group for row in rows if row.group is not None]
+
+
+def _drawn_costs(rows: Sequence[Row]) -> dict[str, Cost]:
+    def column(name: str) -> Callable[[Group], float | None]:
+        by_group = {id(row.group): row.costs.get(name) for row in rows}
+        return lambda group: by_group.get(id(group))
+
+    return {file: (label, column(name)) for file, label, name in COSTS}
+
+
+def _markdown(
+    study: Study,
+    rows: Sequence[Row],
+    costs: Mapping[str, Any],
+    pictures: Sequence[str],
+    where: Mapping[str, str],
+) -> str:
+    done = sum(len(row.group.runs) for row in rows if row.group is not None)
+    lines = [f"<!-- Written by `timm-xformers study {where['file']} --report`. -->", ""]
+    lines += [f"# {study.title}", "", study.question, "", "## Protocol", ""]
+    lines += [study.protocol, "", *_protocol(study, rows, where)]
+    lines += ["", "## Results", ""]
+    if done < len(study.runs):
+        lines += [f"**Not complete: {done} of {len(study.runs)} runs are finished.**", ""]
+    for data in study.data:
+        mine = [row for row in rows if row.data == data]
+        if len(study.data) > 1:
+            lines += [f"### {data}", ""]
+        lines += [*_table(study, mine), "", *_findings(study, mine), ""]
+    lines += _reading(study, rows, costs)
+    titles = {file: f"Accuracy against: {label[0].lower()}{label[1:]}" for file, label, _ in COSTS}
+    folder = Path(where["page"]).stem
+    for name in pictures:
+        title = (titles | {n: t for n, t in PLOTS.items() if n not in titles})[name]
+        lines += ["", f"![{title}]({folder}/{name})"]
+    if study.conclusions:
+        lines += ["", "## Conclusions", "", study.conclusions]
+    lines += ["", "## Records", "", *_provenance(study, rows, costs, where)]
+    return "\n".join(line for line in _single_blanks(lines)).rstrip() + "\n"
+
+
+def _single_blanks(lines: Sequence[str]) -> list[str]:
+    return [line for at, line in enumerate(lines) if line or (at and lines[at - 1])]
+
+
+def _protocol(study: Study, rows: Sequence[Row], where: Mapping[str, str]) -> list[str]:
+    recipe = study.recipe
+    budget = f"{recipe.epochs} epochs, the same updates for all"
+    if recipe.max_steps:
+        budget = f"{recipe.max_steps:,} updates for each"
+    if recipe.max_seconds:
+        budget = f"{recipe.max_seconds:,.0f} processor seconds of training for each"
+    lines = [
+        f"- {len(study.arms)} arms x {len(study.seeds)} "
+        f"seed{'s' if len(study.seeds) > 1 else ''} ({cell_text(study.seeds)})"
+        + (f" x {len(study.data)} data sets" if len(study.data) > 1 else "")
+        + f", compared with `{study.baseline}`. Budget: {budget}."
+    ]
+    for data in study.data:
+        record = next((row.group.record for row in rows if row.data == data and row.group), None)
+        if record is None:
+            continue
+        split = f"{data}: {record.img_size} x {record.img_size} pixels"
+        if record.val_images:
+            split += f"; {record.val_images:,} validation images chose the epoch of each run"
+        if record.test_images:
+            split += f"; {record.test_images:,} test images were read once per run"
+        lines.append(f"- {split}.")
+    plain = dataclasses.asdict(Recipe())
+    changed = {
+        name: value
+        for name, value in dataclasses.asdict(recipe).items()
+        if value != plain[name] and name not in (*NO_INFLUENCE, "model", "data")
+    }
+    words = ", ".join(f"`{name}: {cell_text(value)}`" for name, value in changed.items())
+    lines.append(
+        f"- Settings that are not the default: {words or 'none'}. All are in `{where['file']}`."
+    )
+    return lines
+
+
+def _table(study: Study, rows: Sequence[Row]) -> list[str]:
+    metric = _metric(study)
+    heads = {
+        "arm": lambda row: f"`{row.arm}`" + (" (baseline)" if row.arm == study.baseline else ""),
+        "seeds": _seeds,
+        f"{NAMES[metric]} top-1 %": lambda row: _mean(row.group and row.group.top1(metric)),
+        "95 %": lambda row: _interval(row.group and row.group.top1(metric)),
+        f"above `{study.baseline}`": lambda row: _gap(row.gap),
+        "95 % ": lambda row: _interval(row.gap, signed=True),
+        "parameters": lambda row: _figure(row.costs.get("params"), 0),
+        "GMACs": lambda row: _figure(row.costs.get("gmacs"), 4),
+        "training, images/s": lambda row: _speed(row, "train"),
+        "inference, images/s": lambda row: _speed(row, "infer"),
+        "peak MiB": lambda row: _figure(row.costs.get("peak_mib"), 0),
+        "processor s": lambda row: _figure(row.costs.get("cpu_seconds"), 0),
+    }
+    cells: dict[str, list[str]] = {
+        name: [str(cell(row) or "") for row in rows]  # type: ignore[no-untyped-call]
+        for name, cell in heads.items()
+    }
+    cells = {name: column for name, column in cells.items() if any(column)}
+    return markdown_table(
+        [name.strip() for name in cells],
+        [[cell or "-" for cell in row] for row in zip(*cells.values(), strict=True)],
+        "llr",
+    )
+
+
+def _seeds(row: Row) -> str:
+    there = cell_text(row.group.seeds) if row.group is not None else ""
+    gone = f"{cell_text(row.missing)} missing" if row.missing else ""
+    return ", ".join(filter(None, (there, gone)))
+
+
+def _mean(top1: Estimate | None) -> str:
+    if top1 is None:
+        return "missing"
+    return f"{top1.mean:.2f}" + ("" if top1.deviation is None else f" ± {top1.deviation:.2f}")
+
+
+def _gap(gap: Estimate | None) -> str:
+    if gap is None:
+        return ""
+    return f"{gap.mean:+.2f}" + ("" if gap.deviation is None else f" ± {gap.deviation:.2f}")
+
+
+def _interval(found: Estimate | None, *, signed: bool = False) -> str:
+    if found is None:
+        return ""
+    sign = "+" if signed else ""
+    return f"{found.low:{sign}.2f} to {found.high:{sign}.2f} *{found.method[0]}*"
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _speed(row: Row, kind: str) -> str:
+    speed, ratio = row.costs.get(f"{kind}_img_s"), row.costs.get(f"{kind}_ratio")
+    if speed is None:
+        return ""
+    return f"{speed:,.0f}" + ("" if ratio is None else f" (x {ratio:.2f})")
+
+
+def _findings(study: Study, rows: Sequence[Row]) -> list[str]:
+    """What the intervals say and what they do not."""
+    compared = [row for row in rows if row.gap is not None]
+    if not compared:
+        return ["No arm can be compared with the baseline yet."]
+    sides: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+    for row in compared:
+        assert row.gap is not None
+        side = "better" if row.gap.low > 0 else "worse" if row.gap.high < 0 else "not told apart"
+        sides[side].append(f"`{row.arm}`")
+    said = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+    lines = [
+        f"- Against `{study.baseline}`, by whether the interval of the difference holds zero: "
+        f"{said}."
+    ]
+    if len(compared) > 1:
+        lines.append(
+            f"- Each of the {len(compared)} intervals holds at 95 % by itself: of so many, "
+            f"{0.05 * len(compared):.1f} are expected to miss by chance. Differences between two "
+            "arms that are not the baseline were not estimated."
+        )
+    if any(row.gap and row.gap.method == "Newcombe" for row in compared):
+        lines.append(
+            "- Intervals marked *N* are of a single seed. They know of the choice of test images, "
+            "not of how much another seed would change."
+        )
+    absent = [row for row in rows if row.missing]
+    if absent:
+        words = "; ".join(f"`{row.arm}` seed {cell_text(row.missing)}" for row in absent)
+        lines.append(f"- Missing: {words}. These arms' figures are over fewer seeds.")
+    seconds = [row.costs["cpu_seconds"] for row in rows if "cpu_seconds" in row.costs]
+    if not study.recipe.max_seconds and len(seconds) > 1:
+        lines.append(
+            "- The arms made the same updates, not the same use of time: the dearest took "
+            f"{max(seconds) / min(seconds):.1f} times the processor seconds of the cheapest."
+        )
+    return lines
+
+
+def _reading(study: Study, rows: Sequence[Row], costs: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "Accuracies are means over the seeds ± standard deviation (n − 1). Intervals marked *t* "
+        "are Student's, over seeds; *W*, of one seed, is Wilson's over the choice of images, and "
+        "*N* Newcombe's of a difference. Differences are taken seed by seed, in points."
+    ]
+    if not costs:
+        return [*lines, "Speed and memory have not been measured."]
+    for data, entry in costs["data"].items():
+        effort = costs["effort"]
+        hardware = costs["hardware"]
+        device = hardware.get("gpu") or f"{costs['threads']} thread of {hardware['cpu']}"
+        lines.append(
+            f"Speed on {data}: batches of {entry['batch_size']} images of {entry['img_size']} "
+            f"pixels, {entry['dtype']}, {entry['mode']}, on {device}, by the {entry['clock']} "
+            f"clock: medians of at most {effort['rounds']} shuffled rounds, and in brackets the "
+            "median of the rounds' ratios to the baseline. A training step is forward, backward "
+            "and AdamW; memory is of that step, in a process of its own."
+        )
+    unsteady = [
+        f"`{row.arm}` ({kind})"
+        for row in rows
+        for kind, name in (("training", "train"), ("inference", "infer"))
+        if row.costs.get(f"{name}_steady") is False
+    ]
+    if unsteady:
+        lines.append(f"**Mind:** the rounds were not steady for {', '.join(unsteady)}.")
+    return ["\n".join(lines)]
+
+
+def _provenance(
+    study: Study, rows: Sequence[Row], costs: Mapping[str, Any], where: Mapping[str, str]
+) -> list[str]:
+    records = [run.record for group in _groups(rows) for run in group.runs]
+    lines = [
+        f"Every figure above is computed from the records in `{where['root']}/records`"
+        + (f" and `{where['root']}/costs.json`" if costs else "")
+        + ". To make the page again, and to train what is missing:",
+        "",
+        "```bash",
+        f"timm-xformers study {where['file']} --output {where['root']} --report {where['page']}",
+        f"timm-xformers study {where['file']} --output {where['root']} --data-dir FOLDER",
+        "```",
+        "",
+    ]
+    facts: list[dict[str, Any]] = []
+    for record in records:
+        facts.append({"hardware": record.hardware, "versions": record.versions})
+    for name in ("versions", "hardware"):
+        seen: dict[str, list[str]] = {}
+        for fact in facts:
+            for key, value in fact[name].items():
+                if str(value) not in seen.setdefault(key, []):
+                    seen[key].append(str(value))
+        lines.append(
+            f"- {name.capitalize()} of the runs: "
+            + ", ".join(f"{key} {' and '.join(values)}" for key, values in seen.items())
+            + "."
+        )
+    commits = sorted({(record.commit or "unknown")[:8] for record in records})
+    lines.append(f"- Code: {', '.join(commits)}.")
+    if costs:
+        lines.append(f"- Costs: measured {costs['created']}, code {(costs['commit'] or '?')[:8]}.")
+    return lines
+
+
+def _csv_row(row: Row) -> dict[str, Any]:
+    """A line of table.csv, with all digits."""
+    values: dict[str, Any] = {"data": row.data, "arm": row.arm}
+    values |= {"seeds": row.group.seeds if row.group else [], "missing": row.missing}
+    for metric in ("test", "val"):
+        top1 = row.group.top1(metric) if row.group else None
+        values |= _csv_estimate(f"{metric}_top1", top1)
+    values |= _csv_estimate("above_baseline", row.gap)
+    names = [name for _, _, name in COSTS] + ["train_img_s", "infer_img_s"]
+    names += ["train_ratio", "infer_ratio"]
+    return values | {name: row.costs.get(name) for name in names}
+
+
+def _csv_estimate(name: str, found: Estimate | None) -> dict[str, Any]:
+    return {
+        f"{name}_{field.name}": getattr(found, field.name, None)
+        for field in dataclasses.fields(Estimate)
+    }
