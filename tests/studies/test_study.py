@@ -6,6 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -457,6 +461,27 @@ def test_page_says_what_the_records_hold(study, complete, monkeypatch):
     assert Path("page.md").read_text() == text
 
 
+@pytest.mark.parametrize(
+    "folder",
+    [path.parent for path in (ROOT / "results").glob("*/study.yaml")],
+    ids=lambda folder: folder.name,
+)
+def test_figures_of_committed_pages_are_those_of_their_records(folder):
+    if not (folder / "records").is_dir():
+        assert not (ROOT / "docs" / f"{folder.name}.md").exists()
+        return
+    study = load_study(folder / "study.yaml")
+    names = {run.key: run.arm for run in study.runs}
+    read = [json.loads(path.read_text()) for path in folder.glob("records/*/results.json")]
+    records = [(record, names[record["recipe_hash"], record["seed"]]) for record in read]
+    with (ROOT / "docs" / folder.name / "table.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    check_page((ROOT / "docs" / f"{folder.name}.md").read_text(), table, records)
+    text = (ROOT / "docs" / f"{folder.name}.md").read_text()
+    for picture in re.findall(rf"\]\({folder.name}/(\S+\.png)\)", text):
+        assert (ROOT / "docs" / folder.name / picture).is_file()
+
+
 def test_what_is_missing_is_shown_and_not_pooled(study, tmp_path, no_pictures):
     folder = StudyFolder(Path("out"))
     for run in study.runs[:3]:  # exact of seeds 0 and 1, sketch of seed 0
@@ -552,3 +577,72 @@ def test_costs_are_measured_side_by_side_for_the_input_of_the_records(
 def test_costs_need_a_record(study, capsys):
     assert main(["study", "study.yaml", "--output", "out", "--costs"]) == 1
     assert "No run on digits is finished" in capsys.readouterr().err
+
+
+# The real thing
+
+
+@pytest.mark.slow
+def test_killed_study_ends_like_an_undisturbed_one(tmp_path):
+    """Killed with its processes, then without them; each time the same call goes on."""
+    text = FILE.replace("seeds: [0, 1, 2]", "seeds: [0, 1]").replace(
+        "epochs: 2,", "epochs: 12, checkpoint_minutes: 0.01,"
+    )
+    (tmp_path / "s.yaml").write_text(text)
+    study = load_study(tmp_path / "s.yaml")
+
+    def start(output):
+        command = [sys.executable, "-m", "timm_xformers", "study", "s.yaml", "--workers", "2"]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with (tmp_path / f"{output}.err").open("a") as err:
+            return subprocess.Popen(
+                [*command, "--threads", "1", "--output", output],
+                cwd=tmp_path,
+                env=environ,
+                stderr=err,
+                stdout=err,
+                start_new_session=True,
+            )
+
+    def wait_for(words, count):
+        path, limit = tmp_path / "killed.err", time.monotonic() + 240
+        while path.read_text().count(words) < count:
+            assert time.monotonic() < limit, path.read_text()[-2000:]
+            time.sleep(0.05)
+
+    first = start("killed")
+    wait_for("epoch 2/12", 1)
+    first.kill()  # its processes see to themselves
+    first.wait()
+    second = start("killed")
+    wait_for("Going on", 2)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.wait()
+    assert start("killed").wait(timeout=400) == 0
+    assert start("undisturbed").wait(timeout=400) == 0
+
+    def outcome(output):
+        found, others = StudyFolder(tmp_path / output).finished(study)
+        assert others == []
+        return {
+            key: (run.record.val_loss, run.record.test_loss, [row.train_loss for row in run.rows])
+            for key, run in found.items()
+        }
+
+    assert outcome("killed") == outcome("undisturbed")
+    assert len(outcome("killed")) == 4
+    log = (tmp_path / "killed" / "log.txt").read_text()
+    for run in study.runs:
+        assert len(re.findall(f"{run.name}: test top-1", log)) == 1, "a run ended twice"
+
+
+@pytest.mark.slow
+def test_costs_of_real_models(complete, monkeypatch):
+    effort = {"rounds": 3, "min_ms": 1.0, "limit_seconds": 60.0, "seed": 0}
+    monkeypatch.setattr(costs_module, "EFFORT", effort)
+    assert main(["study", "study.yaml", "--output", "out", "--costs"]) == 0
+    arms = json.loads(Path("out/costs.json").read_text())["data"]["digits"]["arms"]
+    for arm in arms.values():
+        assert arm["train_img_s"][0] < arm["infer_img_s"][0]
+        assert arm["peak_mib"] > 0
+    assert arms["exact"]["train_ratio"] == [1.0, 1.0, 1.0]

@@ -352,7 +352,9 @@ def _reading(study: Study, rows: Sequence[Row], costs: Mapping[str, Any]) -> lis
     lines = [
         "Accuracies are means over the seeds ± standard deviation (n − 1). Intervals marked *t* "
         "are Student's, over seeds; *W*, of one seed, is Wilson's over the choice of images, and "
-        "*N* Newcombe's of a difference. Differences are taken seed by seed, in points."
+        "*N* Newcombe's of a difference. Differences are taken seed by seed, in points. In the "
+        "plots a dashed line joins the arms that no other beats in both cost and mean accuracy "
+        "(Pareto's front)."
     ]
     if not costs:
         return [*lines, "Speed and memory have not been measured."]
@@ -385,7 +387,8 @@ def _provenance(
     lines = [
         f"Every figure above is computed from the records in `{where['root']}/records`"
         + (f" and `{where['root']}/costs.json`" if costs else "")
-        + ". To make the page again, and to train what is missing:",
+        + f". With all digits they are in [table.csv]({Path(where['page']).stem}/table.csv). To "
+        "make the page again, and to train what is missing:",
         "",
         "```bash",
         f"timm-xformers study {where['file']} --output {where['root']} --report {where['page']}",
