@@ -37,7 +37,7 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     sure, chosen = logits.softmax(dim=-1).max(dim=-1)
     right = (chosen == labels).to(sure.dtype)
     bins = (sure * BINS).ceil().clamp(1, BINS)  # bin k holds (k - 1, k] / BINS
-    gaps = [(right[bins == k].sum() - sure[bins == k].sum()).abs() for k in bins.unique()]
+    gaps = [(right[bins == k].sum() - sure[bins == k].sum()).abs() for k in range(1, BINS + 1)]
     return 100 * float(torch.stack(gaps).sum()) / len(labels)
 
 
