@@ -201,7 +201,7 @@ class ForkServer:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.stdout.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=300)
 
 
 def clean_environ(extra: dict[str, str] | None = None) -> dict[str, str]:
