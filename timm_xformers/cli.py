@@ -23,7 +23,7 @@ __all__ = ["main"]
 
 COMMANDS = (
     *("train", "retrofit", "evaluate", "select", "study", "report", "models", "predict"),
-    *("explain", "convert", "publish"),
+    *("analyse", "explain", "convert", "publish"),
     *("recipe", "export", "shards", "plan", "benchmark", "env"),
 )
 # The file system's refusals: the user's to repair, wherever they come up.

@@ -150,6 +150,9 @@ def contenders_of(settings: Settings) -> list[Contender]:
         for package, mode in itertools.product(["", *packages], _modes(settings)):
             if mode != "fused" or (kernels and not package):
                 found.append(Contender(name=name, peer=package, mode=mode))
+    for title, record in settings.replacements:
+        for mode in _modes(settings):
+            found.append(Contender(name=names[0], mode=mode, replacement=record, title=title))
     return found
 
 

@@ -1,5 +1,6 @@
 """The contenders as modules with an input: layers and whole models."""
 
+import json
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.layers.factory import attention_class
 from timm_xformers.layers.heads import HeadsAttention
 from timm_xformers.layers.layout import NeedsLayout
+from timm_xformers.replace.replacing import put_in
 from timm_xformers.training.build import build_model
 
 __all__ = ["build_contender", "build_sized", "square_grid"]
@@ -41,6 +43,8 @@ def build_contender(contender: Contender, point: Point, seed: int) -> tuple[nn.M
     else:
         dtype = torch.float32
         module, expects = build_sized(contender.name, point.size, **contender.kwargs)
+        if contender.replacement:
+            put_in(module, **json.loads(contender.replacement))
         if contender.peer:
             _replace_attention(module, contender.peer)
         module = module.to(point.device)

@@ -48,19 +48,19 @@ def plot_benchmark(output: Path, rows: Sequence[Row], baseline: Contender) -> li
 def _styles(rows: Sequence[Row], baseline: Contender) -> dict[str, dict[str, Any]]:
     """A colour per mechanism; dashes for other packages, dots if compiled, long dashes if fused."""
     plain = {baseline.name: "black", UNFUSED: "0.5"}
-    names = dict.fromkeys(r.contender.name for r in rows if r.contender.name not in plain)
+    names = dict.fromkeys(r.contender.kind for r in rows if r.contender.kind not in plain)
     places = {name: place for place, name in enumerate(names)}
     styles: dict[str, dict[str, Any]] = {}
     packages: dict[str, list[str]] = {}
     for contender in dict.fromkeys(row.contender for row in rows):
-        place = places.get(contender.name)
+        place = places.get(contender.kind)
         others = packages.setdefault(contender.name, [])
         if contender.peer and contender.peer not in others:
             others.append(contender.peer)
         lines = ("-", "--", "-.")
         line = lines[min(others.index(contender.peer) + 1, 2)] if contender.peer else "-"
         styles[contender.label] = {
-            "color": plain.get(contender.name, COLOURS[(place or 0) % len(COLOURS)]),
+            "color": plain.get(contender.kind, COLOURS[(place or 0) % len(COLOURS)]),
             "marker": "." if place is None else MARKERS[place % len(MARKERS)],
             "linestyle": {"compiled": ":", "fused": (0, (5, 1))}.get(contender.mode, line),
             "linewidth": 2.2 if contender.label == baseline.label else 1.3,

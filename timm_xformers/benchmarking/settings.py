@@ -96,6 +96,8 @@ class Settings:
         output: Folder to create.
         contenders: Names of mechanisms, for layers; the baseline is always there.
         models: Names of timm models; whole models are measured instead of layers if there are any.
+        replacements: Titles and, as JSON, arguments of `replace_attention`: the baseline model is
+            measured with each of them, too.
         baseline: The model to compare with; None: the first one with exact attention, else the
             first.
         peers: Measure other packages' forms of the same mechanisms too.
@@ -123,6 +125,7 @@ class Settings:
     output: Path
     contenders: tuple[str, ...] = CONTENDERS
     models: tuple[str, ...] = ()
+    replacements: tuple[tuple[str, str], ...] = ()
     baseline: str | None = None
     peers: bool = True
     shape: str = "S32"
@@ -156,6 +159,7 @@ class Contender:
         mode: One of `MODES`.
         title: What to call it instead of its name.
         kwargs: Further arguments of a model.
+        replacement: Arguments of `replace_attention`, as JSON, for a model; empty: none.
     """
 
     name: str
@@ -163,6 +167,12 @@ class Contender:
     mode: str = "eager"
     title: str = ""
     kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    replacement: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What its colour stands for: a mechanism, a model or a replacement."""
+        return self.title or self.name
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ from timm_xformers.commands.options import add_recipe_options, given_values
 from timm_xformers.errors import UsageError, require_extra
 from timm_xformers.recipe import Recipe, load_recipe
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["HELP", "add_arguments", "recipe_of", "run"]
 
 HELP = "measure a model's accuracy, with its 95-percent interval"
 # What a run folder says of its data, for evaluating it on that.
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     require_extra("train", "accelerate", *([] if args.details is None else ["matplotlib"]))
     values = given_values(args)
     output = values.pop("output", None)
-    recipe = _recipe_of(args, values)
+    recipe = recipe_of(args, values)
     from timm_xformers.predicting.evaluate import evaluate
 
     def say(line: str) -> None:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         record.save(Path(output))
 
 
-def _recipe_of(args: argparse.Namespace, values: dict[str, Any]) -> Recipe:
+def recipe_of(args: argparse.Namespace, values: dict[str, Any]) -> Recipe:
     """Model and data; nothing else is taken from a shipped recipe: training is over."""
     if args.run_or_model is not None:
         if "model" in values:

@@ -20,7 +20,7 @@ from timm_xformers.training.build import build_model, check_input
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.metrics import evaluate_model
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "open_published"]
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
             "The recipe replaces attention (replace), which training does; name the run's folder."
         )
     model, data, preprocessing = (
-        _published(recipe, split, skip_unknown)
+        open_published(recipe, split, skip_unknown=skip_unknown)
         if checkpoint is None
         else _from_file(recipe, split, checkpoint, say)
     )
@@ -109,10 +109,19 @@ def evaluate(
     )
 
 
-def _published(
-    recipe: Recipe, split: str, skip_unknown: bool
+def open_published(
+    recipe: Recipe, split: str, *, skip_unknown: bool = False
 ) -> tuple[nn.Module, Data, Preprocessing]:
-    """A model whose configuration says what it expects; the data follows the model."""
+    """A model whose configuration says what it expects; the data follows the model.
+
+    Args:
+        recipe: Names model and data.
+        split: Which images will be read.
+        skip_unknown: Leave out images of classes that the model does not know.
+
+    Raises:
+        UserError: Model, weights or data are missing, or do not fit each other.
+    """
     arguments = dict(recipe.model_kwargs)
     if recipe.in_chans is not None:
         arguments["in_chans"] = recipe.in_chans
