@@ -1,6 +1,5 @@
 """An analysis from its settings to its folder."""
 
-import dataclasses
 import json
 import shlex
 import sys

@@ -144,8 +144,8 @@ def _words(result: dict[str, Any]) -> list[str]:
     )
     if not found["met"]:
         lines.append(
-            f"The budget {found['budget']} cannot be met with these mechanisms at this size; this "
-            "is the nearest that was found. Try larger images, other mechanisms or a smaller budget."
+            f"The budget {found['budget']} cannot be met with these mechanisms at this size, and "
+            "this is the nearest found; try larger images, other mechanisms or a smaller budget."
         )
     return [*lines, "To put it in and repair it:", f"  {found['command']}"]
 

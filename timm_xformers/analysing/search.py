@@ -46,8 +46,8 @@ def read_budget(text: str) -> Budget:
     found = re.fullmatch(r"(?:(time|memory):)?(\d+(?:\.\d+)?)x", text)
     if found is None or float(found[2]) <= 0:
         raise UsageError(
-            f"--budget {text!r} is none; write how many times as fast, such as 2x, or memory:2x for "
-            "half of the memory."
+            f"--budget {text!r} is none; write how many times as fast, such as 2x, or memory:2x "
+            "for half of the memory."
         )
     return Budget(found[1] or "time", float(found[2]))
 
