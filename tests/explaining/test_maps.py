@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_xformers import attention_map
-from timm_xformers.explaining.maps import attention_layers, token_layout
+from timm_xformers.explaining.maps import token_layout
+from timm_xformers.replace import attention_sites
 
 ONE_OF_EACH = [
     *(f"performer_{kernel}_m16" for kernel in ("softmax", "relu", "exp", "gelu", "elu", "learned")),
@@ -160,7 +161,7 @@ def test_timm_layers_against_the_map_that_they_drop(name):
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=side, **kwargs).double().eval()
     images = torch.randn(2, 3, side, side, dtype=torch.float64)
-    layer = attention_layers(model)[1][1]
+    layer = attention_sites(model)[1].module
     assert layer.fused_attn
     queries = (0, 3, (1, 2))
     found = [attention_map(model, images, 1, query) for query in queries]
@@ -304,8 +305,9 @@ def test_no_map_is_formed(attention):
         ("ccp", {"depth": 1}, 0, "class", "CCX has no class token; ask for query='mean'"),
         ("vit_medium_patch16_reg1_gap_256", {"depth": 1}, 0, "class", "has no class token"),
         ("vix_fnet", {"depth": 1}, 0, "class", "blocks.0.attn is fnet, a Fourier transform"),
-        ("swin_local_tiny", {}, 0, "class", "SwinLocal has no attention over all tokens"),
-        ("xcit_nano_12_p16_224", {}, 0, "class", "Xcit has no attention over all tokens"),
+        ("swin_local_tiny", {}, 0, "class", "No map over all tokens .*: it attends in windows"),
+        ("resnet18", {}, 0, "class", "ResNet has no attention"),
+        ("xcit_nano_12_p16_224", {}, 0, "class", "No map over all tokens .*: it attends over ch"),
     ],
 )
 def test_what_has_no_map_is_said(name, kwargs, block, query, sentence):

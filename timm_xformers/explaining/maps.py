@@ -16,27 +16,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionRope
-from timm.models.beit import Attention as BeitAttention
-from timm.models.eva import EvaAttention
-from timm.models.vision_transformer import ParallelScalingBlock
-from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from timm_xformers.layers.fnet import FNetMixing
 from timm_xformers.layers.heads import HeadsAttention
+from timm_xformers.replace.sites import Site, attention_sites
 
-__all__ = ["Query", "attention_layers", "attention_map", "has_class_token", "token_layout"]
+__all__ = ["Query", "attention_map", "has_class_token", "token_layout"]
 
 Query = int | str | tuple[int, int]
-
-# Exact attention of timm, each in one call of PyTorch's fused attention.
-_EXACT = (
-    *(Attention, AttentionRope, BeitAttention, EvaAttention, RelPosAttention),
-    ParallelScalingBlock,
-)
 
 
 class _Found(Exception):
@@ -56,7 +46,7 @@ def attention_map(model: nn.Module, images: Tensor, block: int, query: Query = "
     Args:
         model: A model with attention of ours, of timm's usual kinds or of torchvision's.
         images: As the model takes them, (B, C, H, W).
-        block: Number of the attention, from 0 in the order of the model.
+        block: Number of the attention, as `attention_sites` counts.
         query: Whose output: ``"class"`` (the class token), ``"mean"`` (the average over all
             tokens), the number of a token, or (row, column) of the token grid.
 
@@ -69,18 +59,17 @@ def attention_map(model: nn.Module, images: Tensor, block: int, query: Query = "
         ValueError: There is no such block or token, or the attention has no weights of tokens.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    layers = attention_layers(model)
-    if not 0 <= block < len(layers):
-        kind = type(model).__name__
+    sites = attention_sites(model)
+    kind = type(model).__name__
+    if not sites:
+        raise ValueError(f"{kind} has no attention that a map could be taken of.")
+    if not 0 <= block < len(sites):
         raise ValueError(
             f"block={block} is out of range: the attention of this {kind} has numbers 0 to "
-            f"{len(layers) - 1}."
-            if layers
-            else f"{kind} has no attention over all tokens that a map can be taken of; windows cut "
-            "outside of the attention, attention of channels and talking heads have none."
+            f"{len(sites) - 1}."
         )
-    name, layer = layers[block]
-    read = _reader(name, layer)
+    name, layer = sites[block].name, sites[block].module
+    read = _reader(sites[block])
     forward = layer.forward
     size = (int(images.shape[-2]), int(images.shape[-1]))
 
@@ -98,12 +87,6 @@ def attention_map(model: nn.Module, images: Tensor, block: int, query: Query = "
         except _Found as end:
             return end.weights
     raise ValueError(f"The model does not run {name} for these images; choose another block.")
-
-
-def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of a model's attention, in the order of its modules."""
-    kinds = (HeadsAttention, FNetMixing, nn.MultiheadAttention, *_EXACT)
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def token_layout(
@@ -199,20 +182,26 @@ def _wide(x: Tensor) -> Tensor:
 _Choose = Callable[[int], int | None]
 
 
-def _reader(name: str, layer: nn.Module) -> Callable[..., Tensor]:
+def _reader(site: Site) -> Callable[..., Tensor]:
     """What gives a layer's weights, (B, H, N), for the arguments of its forward.
 
     Raises:
         ValueError: It has none.
     """
-    if isinstance(layer, HeadsAttention):
+    if isinstance(site.module, HeadsAttention):
         return _read_ours
-    if isinstance(layer, FNetMixing):
+    if isinstance(site.module, FNetMixing):
         raise ValueError(
-            f"{name} is fnet, a Fourier transform over tokens and channels: it has no values to "
-            "weigh and treats all images alike; choose a block or a model with attention."
+            f"{site.name} is fnet, a Fourier transform over tokens and channels: it has no values "
+            "to weigh and treats all images alike; choose a block or a model with attention."
         )
-    return _read_torch if isinstance(layer, nn.MultiheadAttention) else _read_timm
+    if site.kind == "torch MultiheadAttention":
+        return _read_torch
+    if not site.kind.startswith("timm "):
+        raise ValueError(
+            f"No map over all tokens can be taken of {site.name} ({site.kind}): it {site.refused}."
+        )
+    return _read_timm
 
 
 def _read_ours(

@@ -10,13 +10,13 @@ from torch import Tensor
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.explaining.maps import (
     Query,
-    attention_layers,
     attention_map,
     has_class_token,
     token_layout,
 )
 from timm_xformers.files.figures import literal, new_figure, ring, save
 from timm_xformers.predicting.predict import Guess, Looker
+from timm_xformers.replace.sites import attention_sites
 
 __all__ = ["Seen", "draw_maps", "look"]
 
@@ -71,8 +71,8 @@ def look(
     maps: dict[int, Tensor] = {}
     outside: dict[int, float] = {}
     try:
-        # Block 0 of none says why there is none.
-        for block in blocks or range(max(1, len(attention_layers(model)))):
+        # Block 0 of a model without attention says so.
+        for block in blocks or range(max(1, len(attention_sites(model)))):
             weights = attention_map(model, images, block, query)[0].mean(dim=0).cpu()  # (N,)
             before, grid = token_layout(model, looker.expects.shape[1:], len(weights))
             maps[block] = weights[before:].reshape(grid)
@@ -146,5 +146,5 @@ def _draw_map(axes: Any, row: Seen, block: int, highest: float) -> None:
             color="black",
         )  # fmt: skip
     outside = row.outside[block]
-    extra = f"\noutside {100 * outside:.0f} %" if outside else "\n"
+    extra = f"\nprefix tokens {100 * outside:.0f} %" if outside else "\n"
     axes.set_title(f"block {block}, to {100 * float(weights.max()):.2g} %{extra}", fontsize=8)
