@@ -244,7 +244,7 @@ def test_a_budget_out_of_reach_is_proposed_as_such(finished_run, measured, tmp_p
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ("--mechanisms performr_relu_m16", "nearest: performer_relu_m16"),
+        ("--mechanisms performr_relu_m16", "did you mean performer_relu_m16"),
         ("--mechanisms softmax --budget fast", "write how many times as fast"),
         ("--mechanisms fnet", "fnet cannot be tried"),
     ],

@@ -20,6 +20,7 @@ from timm_xformers.data.sampling import eval_batches
 from timm_xformers.data.subset import limit_images
 from timm_xformers.errors import UsageError
 from timm_xformers.files.atomic import write_text
+from timm_xformers.layers.factory import attention_class
 from timm_xformers.predicting.evaluate import open_published
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_json import origin, wilson_interval
@@ -76,6 +77,11 @@ def analyse(analysis: Analysis) -> str:
     Raises:
         UserError: Something the user can repair.
     """
+    try:
+        for name in analysis.mechanisms:
+            attention_class(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     output = analysis.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is there already; choose another --output.")

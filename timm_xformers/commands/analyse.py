@@ -7,7 +7,7 @@ from typing import Any
 from timm_xformers.benchmarking.settings import DTYPES
 from timm_xformers.commands.evaluate import recipe_of
 from timm_xformers.commands.options import given_values, positive
-from timm_xformers.errors import UsageError, nearest, require_extra
+from timm_xformers.errors import require_extra
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -98,15 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Analyse, and print the tables."""
     require_extra("train", "accelerate", "matplotlib", "scipy")
-    from timm_xformers.layers.factory import list_attention
-
-    known = list_attention()
-    for name in args.mechanisms:
-        if name not in known:
-            raise UsageError(
-                f"Unknown mechanism {name!r}{nearest(name, known)}; `timm-xformers models "
-                "--attention` lists all."
-            )
     from timm_xformers.analysing.analyse import Analysis, analyse
     from timm_xformers.analysing.search import read_budget
 
