@@ -47,7 +47,8 @@ def plot_curves(path: Path, rows: list[EpochRow], record: Record) -> None:
         train, val = ([getattr(r, f"{part}_{name}") for r in rows] for part in ("train", "val"))
         if name == "loss" and aligned:
             axes.plot(epochs[:aligned], train[:aligned], marker="o", **ALIGNMENT)
-        trained = {**TRAIN, "label": "training, against the teacher"} if record.teacher else TRAIN
+        taught = name == "loss" and record.teacher
+        trained = {**TRAIN, "label": "training, against the teacher"} if taught else TRAIN
         if aligned < len(rows):
             alone = marker or ("o" if aligned == len(rows) - 1 else None)
             axes.plot(epochs[aligned:], train[aligned:], marker=alone, **trained)
