@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_xformers.data.data import open_data
-from timm_xformers.errors import UserError
+from timm_xformers.errors import UsageError, UserError
 from timm_xformers.publishing.publish import publish
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_csv import read_history
@@ -390,3 +390,9 @@ def test_teacher_of_another_scale_is_refused(repair, taught, tmp_path):
         data,
     )
     assert session.preprocessing.mean == (0.5,)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 16), (2, 1, 8), (2, 5, 1)])
+def test_a_teacher_of_another_width_is_refused(shape):
+    with pytest.raises(UsageError, match="The teacher computes 5x8 for an image"):
+        relative_error(torch.zeros(shape), torch.zeros(2, 5, 8))

@@ -206,7 +206,18 @@ def open_teacher(recipe: Recipe) -> Teacher | None:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error over the mean square of what is wanted, in float32; both of any shape."""
+    """Mean squared error over the mean square of what is wanted, in float32.
+
+    Raises:
+        UsageError: Their shapes differ; PyTorch would stretch one of them, or stop.
+    """
+    if found.shape != wanted.shape:
+        theirs, ours = ("x".join(map(str, each.shape[1:])) for each in (wanted, found))
+        raise UsageError(
+            f"The teacher computes {theirs} for an image where the model computes {ours}, so they "
+            "cannot be compared; use a teacher of the same width and tokens, or go by its logits "
+            "alone: --set 'teacher_loss={features: 0}' align_epochs=0."
+        )
     found, wanted = found.float(), wanted.float()
     # A teacher whose output is zero throughout leaves nothing to divide by.
     power = wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
