@@ -324,6 +324,7 @@ def test_result_loads_by_name_and_is_described(repair, taught, tmp_path, capsys)
     publish(folder.root, "me/x", dry_run=True)
     card = capsys.readouterr().out
     assert "whose attention was replaced" in card
+    assert "attention `softmax`" not in card
     assert f"Repaired with teacher {record.teacher}: " in card
     assert taught.partition(":")[2] not in card
 

@@ -130,7 +130,10 @@ def _stage(run: FinishedRun, repo_id: str, license: str, folder: Path) -> dict[s
     }
     record = public(dataclasses.asdict(run.record))
     add("config.json", json.dumps(config, indent=2) + "\n")
-    add("README.md", write_card(_card(run, repo_id, license, getattr(model, "attn_layer", ""))))
+    # A model with replaced attention has the layer's name of what it was.
+    replaced = run.config.get("architecture") == "retrofit"
+    attention = "" if replaced else getattr(model, "attn_layer", "")
+    add("README.md", write_card(_card(run, repo_id, license, attention)))
     add("recipe.yaml", yaml.safe_dump(public_settings(run.recipe), sort_keys=False))
     add("results.json", json.dumps(record, indent=2) + "\n")
     source: RunFolder = run.folder

@@ -147,7 +147,7 @@ def epoch_line(row: EpochRow, epochs: int, remaining: str) -> str:
 
 def summary(record: Record) -> str:
     """How a run ended."""
-    parts = [f"best epoch {record.best_epoch}"]
+    parts = [f"best epoch {record.best_epoch}" if record.epochs else "nothing was trained"]
     for name, split in (("validation", "val"), ("test", "test")):
         top1, interval, agreed, taught = (
             getattr(record, f"{split}_{figure}_percent")
@@ -157,5 +157,6 @@ def summary(record: Record) -> str:
             parts.append(f"{name} top-1 {top1:.2f} % (95 %: {interval[0]} to {interval[1]})")
         if agreed is not None and taught is not None:
             parts.append(f"{agreed:.2f} % as the teacher, which has {taught:.2f} % right")
-    parts.append(f"{record.seconds:.0f} s of training at {record.images_per_s:.0f} images/s")
+    if record.epochs:
+        parts.append(f"{record.seconds:.0f} s of training at {record.images_per_s:.0f} images/s")
     return ", ".join(parts)
