@@ -135,11 +135,11 @@ def _words(result: dict[str, Any]) -> list[str]:
     found = result["proposal"]
     gain = found["measured_gain"]
     what = "as fast" if not found["budget"].startswith("memory") else "less memory"
-    seen = "was not measured" if gain is None else f"is {gain:.2f} times {what} as measured"
+    seen = "not measured" if gain is None else f"{gain:.2f} times {what}"
     lines.append(
         f"Proposal for {found['budget']} at {found['img_size']} pixels, of "
-        f"{found['sets_tried']} sets of blocks that were run: {_mapping(found['blocks'])}. It "
-        f"{seen}, and the expected {found['expected_gain']:.2f}; it agrees on "
+        f"{found['sets_tried']} sets of blocks that were run: {_mapping(found['blocks'])}. "
+        f"Measured: {seen}, where {found['expected_gain']:.2f} was expected; it agrees on "
         f"{found['agreement_percent']:.1f} % of the images."
     )
     if not found["met"]:
@@ -177,8 +177,9 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     for row, own in enumerate(values):
         for column, value in enumerate(own):
             dark = value > (lowest * highest**3) ** 0.25
+            words = f"{value:.2g}" if value > LEAST_KL else f"≤ {LEAST_KL:g}"
             colour = "white" if dark else "black"
-            right.text(column, row, f"{value:.2g}", ha="center", va="center", color=colour, size=8)
+            right.text(column, row, words, ha="center", va="center", color=colour, size=8)
     right.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     right.set_yticks(range(len(numbers)), [str(number) for number in numbers])
     right.set_ylabel("Block")
@@ -224,6 +225,7 @@ def _scatter(axes: Any, result: dict[str, Any], names: list[str]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel(f"Times as fast as the original, {size} pixels (quartiles)")
     axes.set_ylabel("KL of predicted classes (nats)")
-    axes.set_title("All blocks replaced", fontsize=10)
+    title = "All blocks replaced" + ("" if proposal is None else ", and the proposal")
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
