@@ -85,6 +85,8 @@ WITH_US = {
     "our entry point": "from timm_xformers.models.vix import vix_softmax; vix_softmax()",
     "our layers": "import timm_xformers.layers",
     "one of our layers": "import timm_xformers.layers.performer",
+    "replacement": "import timm_xformers.replace.replacing",
+    "maps": "from timm_xformers import attention_map",
 }
 ORDERS = {**WITHOUT_US, **WITH_US}
 
