@@ -22,6 +22,9 @@ from timm_xformers.replace import (
 )
 
 VIT = named("vit_tiny_patch16_224")
+# Settings that mean something on a grid of 2 x 3.
+WINDOWS = {"name": "local2d_w4", "window_size": 1}
+PROJECTED = {"name": "linformer_k32", "proj_len": 4}
 MIXED = {"0": "exact", "1": {"name": "performer_softmax_m16", "num_features": 12}}
 
 
@@ -177,7 +180,7 @@ def test_checkpoints_of_the_original_load(caplog):
     assert all(torch.equal(model.state_dict()[n], v + 1) for n, v in state.items())
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov3", "torchvision"])
+@pytest.mark.parametrize("name", ["dinov3", "torchvision"])
 def test_compiles_and_exports(name):
     model = draw(FAMILIES[name]).float()
     replace_attention(model, "nystrom_l16")
@@ -203,11 +206,11 @@ def test_hooks_stay():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("mechanism", ["local2d_w2", "linformer_k4", "softmax_dwc"])
+@pytest.mark.parametrize("mechanism", [WINDOWS, PROJECTED, "softmax_dwc"], ids=str)
 @pytest.mark.parametrize("name", ["vit", "eva02", "torchvision", "vix"])
 def test_layers_are_told_the_grid(name, mechanism):
     model = draw(FAMILIES[name])
-    replace_attention(model, mechanism)
+    replace_attention(model, {"all": mechanism})
     x = images(model)
     assert model(x).isfinite().all()
     if name == "torchvision":
@@ -223,8 +226,8 @@ def test_layers_are_told_the_grid(name, mechanism):
 def test_model_of_any_size_takes_one():
     model = draw(FAMILIES["dinov3"])
     with pytest.raises(ValueError, match="img_size="):
-        replace_attention(model, "local2d_w2")
-    report = replace_attention(model, "local2d_w2", img_size=(64, 32))
+        replace_attention(model, {"all": WINDOWS})
+    report = replace_attention(model, {"all": WINDOWS}, img_size=(64, 32))
     assert report.record["img_size"] == [64, 32]
     model(torch.randn(1, 3, 64, 32, dtype=torch.float64))
     with pytest.raises(AssertionError, match="doesn't match model"):
@@ -240,7 +243,7 @@ def test_naflex_masks_keys_and_has_no_grid():
         use_key_only_attn_mask=True,
     ).double()
     with pytest.raises(ValueError, match="same for all images"):
-        replace_attention(model, "local2d_w2")
+        replace_attention(model, {"all": WINDOWS})
     replace_attention(model, "performer_softmax_m16")
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(1, 6, 768, generator=generator, dtype=torch.float64)
@@ -295,11 +298,11 @@ def test_new_weights_on_request():
         ({"mechanism": "softmax", "num_features": 3}, "takes num_features"),
         ({"mechanism": {"0": {"name": "softmax", "kernel": "relu"}}}, "no setting kernel"),
         ({"mechanism": "softmax", "qkv_bias": True}, "takes qkv_bias"),
-        ({"mechanism": "linformer_k4", "one_kv_head": True}, "change the projections"),
+        ({"mechanism": "linformer_k32", "one_kv_head": True}, "change the projections"),
         ({"mechanism": "performer_softmax_m16", "num_features": 0}, "blocks.0.attn: num_features"),
         ({"mechanism": "fnet"}, "no queries"),
         ({"mechanism": "softmax", "relative_bias": "keep"}, "refuse or drop"),
-        ({"mechanism": "local2d_w2", "img_size": 64}, "set_input_size"),
+        ({"mechanism": {"0": WINDOWS}, "img_size": 64}, "set_input_size"),
         ({"mechanism": "softmax", "img_size": 64}, "says nothing"),
         ({"mechanism": "softmax", "feature_seed": -1}, "whole number"),
     ],
