@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from timm_xformers import attention_map
 from timm_xformers.explaining.maps import token_layout
-from timm_xformers.replace import attention_sites
+from timm_xformers.replace import attention_sites, replace_attention
 
 ONE_OF_EACH = [
     *(f"performer_{kernel}_m16" for kernel in ("softmax", "relu", "exp", "gelu", "elu", "learned")),
+    *("hedgehog", "agent_a16", "softmax_dwc", "nystrom_l16_dwc"),
     *("softmax", "nystrom_l16", "nystrom_l16_conv33", "linformer_k32"),
     *("local1d_w16", "local1d_w16_shifted", "local2d_w4", "local2d_w4_shifted"),
 ]
@@ -47,13 +48,15 @@ def whole_map(model: nn.Module, images: Tensor, block: int) -> tuple[Tensor, Ten
         model(images)
         hook.remove()
         q, k, v = layer.project(given[0])
-        columns = []
+        columns, spread = [], []
         for token in range(v.shape[2]):
             one = torch.zeros_like(v)
             one[:, :, token] = 1.0
-            mixed = layer.mix(q, k, one, None, False)
-            assert (mixed - mixed[..., :1]).abs().max() < 1e-12  # a channel is like another
-            columns.append(mixed[..., 0])
+            mixed = torch.unflatten(layer.mix_tokens(q, k, one, None, False), -1, (2, 8))
+            spread.append(float((mixed - mixed[..., :1]).abs().max()))
+            columns.append(mixed.mean(dim=-1).transpose(1, 2))
+    # What differs by channel counts by its mean.
+    assert (max(spread) > 0.1) if layer.dwc is not None else (max(spread) < 1e-12)
     return torch.stack(columns, dim=-1), q, k  # (B, H, N, N)
 
 
@@ -67,7 +70,7 @@ def test_every_mechanism_by_its_own_linearity(attention):
         torch.testing.assert_close(found, expected[:, :, token], atol=1e-12, rtol=0)
     mean = attention_map(model, images, 1, "mean")
     torch.testing.assert_close(mean, expected.mean(dim=2), atol=1e-12, rtol=0)
-    if attention.startswith(SUM_TO_ONE):
+    if attention.startswith(SUM_TO_ONE) and not attention.endswith("_dwc"):
         torch.testing.assert_close(mean.sum(-1), torch.ones_like(mean[..., 0]), atol=1e-9, rtol=0)
 
 
@@ -176,6 +179,27 @@ def test_timm_layers_against_the_map_that_they_drop(name):
     for token, weights in zip((0, 3, prefix + cols + 2), found, strict=True):
         torch.testing.assert_close(weights, maps[0][:, :, token], atol=1e-12, rtol=0)
     torch.testing.assert_close(mean, maps[0].mean(dim=2), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "parallel", "dinov3"])
+def test_replaced_layers_of_other_families(name):
+    torch.manual_seed(0)
+    if name == "torchvision":
+        model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=2)
+    elif name == "parallel":
+        block = timm.models.vision_transformer.ParallelScalingBlock
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, block_fn=block)
+    else:
+        model = timm.create_model("vit_small_patch16_dinov3", img_size=32, depth=2)
+    model = model.double().eval()
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    expected = attention_map(model, images, 1, (1, 1))
+    replace_attention(model, "softmax")
+    found = attention_map(model, images, 1, (1, 1))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    replace_attention(model, "performer_relu_m16")
+    sums = attention_map(model, images, 1, (1, 1)).sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-12, rtol=0)
 
 
 def test_torchvision_against_its_joint_projection():

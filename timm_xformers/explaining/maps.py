@@ -207,31 +207,23 @@ def _reader(site: Site) -> Callable[..., Tensor]:
 def _read_ours(
     layer: HeadsAttention, forward: Any, choose: _Choose, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """From the values that `project` gives to what reaches ``norm``."""
-    project = layer.project
-    values = torch.empty(0)
+    """From the values to the mixed tokens of `HeadsAttention.mix_tokens`."""
+    mix_tokens = layer.mix_tokens
 
-    def with_values(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        nonlocal values
-        q, k, v = project(*args, **kwargs)
+    def instead(q: Tensor, k: Tensor, v: Tensor, *masks: Any) -> Tensor:
         # Heads that share their values have a weight each.
         values = v.expand(-1, layer.num_heads, -1, -1).clone().requires_grad_()
-        torch.set_grad_enabled(True)
-        return q, k, values
+        with torch.enable_grad():
+            mixed = mix_tokens(q, k, values, *masks)  # (B, N, H * D)
+            mixed = torch.unflatten(mixed, -1, [layer.num_heads, -1]).transpose(1, 2)
+            raise _Found(_pull(mixed, values, choose(values.shape[2])))
 
-    def before_norm(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        mixed = torch.unflatten(given[0], -1, [layer.num_heads, layer.head_dim]).transpose(1, 2)
-        raise _Found(_pull(mixed, values, choose(values.shape[2])))
-
-    hook = layer.norm.register_forward_pre_hook(before_norm, prepend=True)
     try:
-        with torch.no_grad(), _instead(layer, "project", with_values):
+        with _instead(layer, "mix_tokens", instead):
             forward(*args, **kwargs)
     except _Found as found:
         return found.weights
-    finally:
-        hook.remove()
-    raise ValueError(f"{type(layer).__name__} ends without its norm; it cannot be looked into.")
+    raise ValueError(f"{type(layer).__name__} does not call mix_tokens.")
 
 
 class _FusedCall(TorchFunctionMode):
