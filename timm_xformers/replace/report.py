@@ -123,7 +123,10 @@ def _count(number: int | None) -> str:
 
 
 def _bytes(number: int | None) -> str:
-    return "?" if number is None else f"{number / 2**20:.2f} MiB"
+    if number is None:
+        return "?"
+    unit, size = ("MiB", 2**20) if number >= 2**20 else ("KiB", 2**10)
+    return f"{number / size:.2f} {unit}"
 
 
 def _sum(costs: list[Cost]) -> Cost:

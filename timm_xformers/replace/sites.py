@@ -55,21 +55,24 @@ _KINDS: dict[type[nn.Module], tuple[str, type[Form]]] = {
     vision_transformer.ParallelScalingBlock: ("timm ParallelScalingBlock", ParallelForm),
 }
 
-# Why others cannot be replaced, by the name of their class.
+# Why others cannot be replaced, by the name of their class, with its module where that is general.
 _REASONS = {
-    "AttentionCl": "attends in windows and grids with a relative bias",
-    "Attention2d": "attends in windows and grids of a map with a relative bias",
     "ClassAttn": "lets the class token alone ask",
     "ClassAttention": "lets the class token alone ask",
     "CrossCovarianceAttn": "attends over channels, so its cost is linear in tokens already",
     "DiffAttention": "subtracts one map from another",
     "DiffParallelScalingBlock": "subtracts one map from another",
+    "GlobalSubSampleAttn": "attends to a map of fewer keys",
     "MaskUnitAttention": "pools its queries and attends in mask units",
-    "MultiScaleAttention": "pools queries, keys and values",
+    "MultiScaleAttention": "pools queries, keys or values",
     "MultiheadAttention": "is PyTorch's layer, which is replaced in torchvision's models only",
     "TalkingHeadAttn": "mixes the maps of its heads before and after the softmax",
-    "WindowAttention": "attends in windows with a relative bias, so its cost is linear already",
+    "WindowAttention": "attends in windows, so its cost is linear in tokens already",
     "XCA": "attends over channels, so its cost is linear in tokens already",
+    "levit.Attention": "adds a bias per distance and has norms inside its maps",
+    "maxxvit.Attention2d": "attends in windows and grids with a relative bias",
+    "maxxvit.AttentionCl": "attends in windows and grids with a relative bias",
+    "vision_transformer_sam.Attention": "adds a relative bias and attends to a map, in windows too",
 }
 _LOOKS_LIKE_ATTENTION = re.compile(r"Attn|Attention|^XCA$|^LiteMLA$|^SHSA$|^DiffParallelScaling")
 
@@ -127,7 +130,9 @@ def _site(index: int, name: str, module: nn.Module, parent: nn.Module) -> Site:
     else:
         cls = type(source)
         kind = f"{cls.__module__.removeprefix('timm.models.')}.{cls.__qualname__}"
-        refused = _REASONS.get(cls.__name__, "computes attention in a way of its own")
+        refused = _REASONS.get(kind) or _REASONS.get(
+            cls.__name__, "computes attention in a way of its own"
+        )
     heads = int(getattr(module, "num_heads", 0) or 0)
     return Site(index, name, module, kind, mechanism, heads, _head_dim(module, heads), refused)
 
