@@ -96,6 +96,16 @@ class Checkout:
         """Read what `stored_recipe` names."""
         return load_recipe(str(self.stored_recipe(recipe_hash)), {})
 
+    def load_calibration(self, name: str) -> dict[str, float] | None:
+        """What `tools.calibration` found of a tag; None if it was not measured."""
+        path = self.results / "calibration.json"
+        if not path.is_file():
+            return None
+        weights: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))[
+            "weights"
+        ]
+        return weights.get(name)
+
     def load_notes(self) -> dict[str, Any]:
         """Read the notes."""
         notes: dict[str, Any] = yaml.safe_load(self.notes.read_text(encoding="utf-8"))

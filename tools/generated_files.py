@@ -122,4 +122,17 @@ def _card(entry: Weights, records: list[Record], checkout: Checkout) -> Card:
         command=command,
         license=entry.license,
         source=source_sentence(checkout.load_notes(), entry.model, entry.tag),
+        calibration=_calibration(checkout.load_calibration(entry.name)),
+    )
+
+
+def _calibration(found: dict[str, float] | None) -> str:
+    if found is None:
+        return Card.calibration
+    sure, right = found["confidence_percent"], found["top1_percent"]
+    return (
+        f"{Card.calibration} On the test images they say {sure:.1f} % on average where "
+        f"{right:.1f} % are right: expected calibration error {found['ece_percent']:.1f} % (15 "
+        f"bins); dividing the logits by {found['temperature']:g} leaves "
+        f"{found['ece_with_it_percent']:.1f} %, fitted on the same images."
     )

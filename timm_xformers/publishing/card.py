@@ -38,6 +38,7 @@ class Card:
         started_from: The same in words; empty: trained from random weights.
         source: A sentence with a published figure to compare with; empty if there is none.
         curves: Image of the run's curves beside the card; empty if there is none.
+        calibration: How far the probabilities are to be believed.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Card:
     started_from: str = ""
     source: str = ""
     curves: str = ""
+    calibration: str = "The probabilities were not calibrated."
 
 
 def write_card(card: Card) -> str:

@@ -185,6 +185,8 @@ def _recipe(values: Any, path: Path) -> Recipe:
                 "and --output."
             )
     recipe = load_recipe(None if base is None else str(base), settings)
+    if not recipe.epochs:
+        raise UsageError(f"{path}: the recipe sets epochs=0, and a study trains; use 1 or more.")
     sides = [entry["img_size"] for entry in recipe.stages if "img_size" in entry]
     if sides and "img_size" in settings:
         raise UsageError(

@@ -136,7 +136,7 @@ def _rows(study: Study, root: Path) -> list[Row]:
             if group is not None and reference is not None and name != study.baseline:
                 gap = difference(group, reference, _metric(study))
             missing = [run.seed for run in _planned(study, name, data) if run.key not in finished]
-            costs_of = _costs_of(group, measured.get("arms", {}).get(name, {}))
+            costs_of = _costs_of(group, measured.get("arms", {}), name, study.baseline)
             rows.append(Row(name, data, group, missing, gap, costs_of))
     return rows
 
@@ -145,15 +145,26 @@ def _planned(study: Study, arm: str, data: str) -> list[PlannedRun]:
     return [run for run in study.runs if (run.arm, run.data) == (arm, data)]
 
 
-def _costs_of(group: Group | None, measured: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: measured[name] for name in ("params", "gmacs", "peak_mib") if name in measured}
+def _costs_of(
+    group: Group | None, measured: Mapping[str, Any], name: str, base: str
+) -> dict[str, Any]:
+    """Costs of an arm; its speed is the baseline's times the paired ratio, the steadier figure.
+
+    Args:
+        group: Its finished runs.
+        measured: What `read_costs` has of all arms on this data.
+        name: The arm.
+        base: The baseline.
+    """
+    own, reference = measured.get(name, {}), measured.get(base, {})
+    found = {key: own[key] for key in ("params", "gmacs", "peak_mib") if key in own}
     for kind in ("train", "infer"):
-        if f"{kind}_img_s" in measured:
-            found[f"{kind}_img_s"] = measured[f"{kind}_img_s"][0]
-            found[f"{kind}_ms"] = 1e3 / measured[f"{kind}_img_s"][0]
-            found[f"{kind}_steady"] = measured[f"{kind}_steady"]
-        if f"{kind}_ratio" in measured:
-            found[f"{kind}_ratio"] = measured[f"{kind}_ratio"][0]
+        if f"{kind}_ratio" in own and f"{kind}_img_s" in reference:
+            ratio = own[f"{kind}_ratio"][0]
+            found[f"{kind}_ratio"] = ratio
+            found[f"{kind}_img_s"] = reference[f"{kind}_img_s"][0] * ratio
+            found[f"{kind}_ms"] = 1e3 / found[f"{kind}_img_s"]
+            found[f"{kind}_steady"] = own[f"{kind}_steady"]
     if group is not None:
         found["params"] = group.record.params
         seconds = group.mean("cpu_seconds")
@@ -365,9 +376,10 @@ def _reading(study: Study, rows: Sequence[Row], costs: Mapping[str, Any]) -> lis
         lines.append(
             f"Speed on {data}: batches of {entry['batch_size']} images of {entry['img_size']} "
             f"pixels, {entry['dtype']}, {entry['mode']}, on {device}, by the {entry['clock']} "
-            f"clock: medians of at most {effort['rounds']} shuffled rounds, and in brackets the "
-            "median of the rounds' ratios to the baseline. A training step is forward, backward "
-            "and AdamW; memory is of that step, in a process of its own."
+            f"clock, in at most {effort['rounds']} shuffled rounds: the baseline's median, and for "
+            "the others that times the median of the rounds' ratios, which is in brackets. A "
+            "training step is forward, backward and AdamW; memory is of that step, in a process of "
+            "its own."
         )
     unsteady = [
         f"`{row.arm}` ({kind})"
@@ -377,7 +389,7 @@ def _reading(study: Study, rows: Sequence[Row], costs: Mapping[str, Any]) -> lis
     ]
     if unsteady:
         lines.append(f"**Mind:** the rounds were not steady for {', '.join(unsteady)}.")
-    return ["\n".join(lines)]
+    return ["\n\n".join(lines)]
 
 
 def _provenance(
