@@ -221,6 +221,7 @@ def test_command_from_end_to_end(finished_run, measured, tmp_path, capsys):
     assert json.loads(words[words.index("--mechanism") + 1]) == proposal["blocks"]
     assert proposal["command"] in out
     assert "Hurt most alone by nystrom_l16" in out
+    assert "void" not in out
     rows = list(csv.DictReader((output / "models.csv").read_text().splitlines()))
     assert {row["img_size"] for row in rows} == {"8", "16"}
     assert {row["mechanism"] for row in rows} >= {"original", "proposal"}
@@ -231,6 +232,19 @@ def test_command_from_end_to_end(finished_run, measured, tmp_path, capsys):
     assert measured[0].threads == (1,)
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_replaced_model_is_analysed_as_it_is():
+    model = small()
+    replace_attention(model, "nystrom_l16")
+    images = batches()[0][0]
+    with torch.no_grad():
+        expected = model(images)
+    losses = Losses(model, ["performer_relu_m16"], batches())
+    assert losses.of({}).kl == 0.0
+    assert losses.of({0: "performer_relu_m16"}).kl > 0
+    with torch.no_grad():
+        assert torch.equal(model(images), expected)
 
 
 def test_a_budget_out_of_reach_is_proposed_as_such(finished_run, measured, tmp_path, capsys):
@@ -247,6 +261,7 @@ def test_a_budget_out_of_reach_is_proposed_as_such(finished_run, measured, tmp_p
         ("--mechanisms performr_relu_m16", "did you mean performer_relu_m16"),
         ("--mechanisms softmax --budget fast", "write how many times as fast"),
         ("--mechanisms fnet", "fnet cannot be tried"),
+        ("--mechanisms softmax --set model_kwargs.depth=1", "write the changed model to a folder"),
     ],
 )
 def test_mistakes_are_one_sentence(extra, words, finished_run, tmp_path, capsys):

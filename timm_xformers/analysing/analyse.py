@@ -86,6 +86,11 @@ def analyse(analysis: Analysis) -> str:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is there already; choose another --output.")
     recipe = analysis.recipe
+    if recipe.model_kwargs:
+        raise UsageError(
+            "model_kwargs would change the model whose losses are measured, not the one that is "
+            "timed; write the changed model to a folder, and analyse that."
+        )
     torch.set_num_threads(analysis.threads)
     model, data, preprocessing = open_published(recipe, analysis.split)
     for note in data.notes:

@@ -130,6 +130,12 @@ def _words(result: dict[str, Any]) -> list[str]:
     lines += [f"Block {number} is kept: it {why}." for number, why in result["kept"].items()]
     if result["feature_images"] < result["images"]:
         lines.append(f"Features are of the first {result['feature_images']} images.")
+    speed = [*result["speed"], *result.get("proposal", {}).get("speed", [])]
+    if any(row["void"] for row in speed):
+        lines.append(
+            "void: the original's times were not steady (quartiles further than 10 % from the "
+            "median); measure again on a quieter machine, or with more --rounds."
+        )
     if "proposal" not in result:
         return [*lines, "No proposal: name a budget, such as --budget 2x."]
     found = result["proposal"]
