@@ -41,6 +41,7 @@ from timm_xformers.benchmarking.tables import (
 from timm_xformers.benchmarking.timing import HostStopwatch, run_rounds, warm_up
 from timm_xformers.cli import main
 from timm_xformers.files.tables import csv_text
+from timm_xformers.replace import attention_sites
 from tools.benchmark_summary import summary
 
 LAYER = Point(
@@ -215,6 +216,21 @@ def test_baseline_of_models_is_the_exact_one(tmp_path):
     assert [contender.name for contender in cases.contenders_of(settings)] == order
     chosen = dataclasses.replace(settings, baseline=names[2])
     assert cases.baseline_of(chosen).name == names[2]
+
+
+def test_replacements_of_the_baseline_are_contenders_of_their_own(tmp_path):
+    record = json.dumps({"mechanism": {"0": "local1d_w16"}, "feature_seed": 0})
+    settings = Settings(
+        output=tmp_path, models=("vix_mnist_nano",), replacements=(("cheap", record),), peers=False
+    )
+    first, second = cases.contenders_of(settings)
+    assert (first.label, second.label) == ("vix_mnist_nano", "cheap")
+    assert first.kind != second.kind  # a colour each
+    point = cases.points_of(settings)[0]
+    plain, replaced = (build_contender(each, point, 0)[0] for each in (first, second))
+    assert [site.mechanism for site in attention_sites(replaced)][:1] == ["local1d_w16"]
+    assert str(plain) == str(timm.create_model("vix_mnist_nano"))
+    assert str(plain) != str(replaced)
 
 
 def test_environment_of_a_worker(monkeypatch):
