@@ -52,13 +52,14 @@ def segment_means(x: Tensor, num_segments: int) -> Tensor:
     """
     N = x.shape[-2]
     size, longer = N // num_segments, N % num_segments
-    if not torch.jit.is_scripting() and is_open(N):
-        # Free in an exported graph, which has no branches: l means as a matrix over the tokens.
-        number = torch.arange(num_segments + 1, device=x.device).unsqueeze(1)
-        starts = number * size + number.clamp_max(longer)  # (l + 1, 1)
-        places = torch.arange(N, device=x.device)
-        within = (places >= starts[:-1]) & (places < starts[1:])  # (l, N)
-        return (within / starts.diff(dim=0)).to(x.dtype) @ x
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript compiles what follows "and")
+        if is_open(N):
+            # Free in an exported graph, which has no branches: l means as a matrix over the tokens.
+            number = torch.arange(num_segments + 1, device=x.device).unsqueeze(1)
+            starts = number * size + number.clamp_max(longer)  # (l + 1, 1)
+            places = torch.arange(N, device=x.device)
+            within = (places >= starts[:-1]) & (places < starts[1:])  # (l, N)
+            return (within / starts.diff(dim=0)).to(x.dtype) @ x
     if longer == 0:
         return torch.unflatten(x, -2, [num_segments, size]).mean(dim=-2)
     cut = longer * (size + 1)
