@@ -51,6 +51,9 @@ def test_they_are_counted_and_named_in_one_line(root, packed):
     assert "1 in val and test (such as" in note
     assert "cat/train1.bmp and " in note
     assert "dog/copy1.bmp" in note
+    assert note.kept == (
+        "the same picture twice, which flatters the figures: 2 in train and test, 1 in val and test"
+    )
     assert notes(root, ["test"], val_split="val") == []
 
 

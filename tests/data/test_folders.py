@@ -81,6 +81,19 @@ def test_a_lone_folder_around_the_others_is_looked_into(root, inner):
     assert opened(root).class_names == ("cat", "dog")
 
 
+def test_classes_without_test_images_are_named(root):
+    for part, names in (("train", "abc"), ("test", "b")):
+        for name in names:
+            fill(root / part / name, suffix=f"-{part}.bmp")
+    recipe = Recipe(data="folder", data_dir=str(root), img_size=8)
+    note = open_data(recipe).notes[-1]
+    assert note == "no test images of 2 of 3 classes (a, c)"
+    assert note.kept == "no test images of 2 of 3 classes"
+    fill(root / "test" / "a")
+    fill(root / "test" / "c")
+    assert not any("no test images" in note for note in open_data(recipe).notes)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_left_out_is_counted_in_one_line(root, packed, tmp_path):
     for name in ("cat", "dog"):

@@ -44,6 +44,7 @@ def test_every_usual_form(root, titles, form, end):
     assert source.test is None
     (line,) = source.notes
     assert line == ("left out: 3 images that train.csv does not name (x.0.jpg, y.0.jpg, z.0.jpg)")
+    assert line.kept == "left out: 3 images that train.csv does not name"
 
 
 def test_other_columns_marks_and_signatures(root):
@@ -130,6 +131,17 @@ def test_names_of_several_words_are_names(root):
     labels = ["hot dog", "ice cream", "dog", "hot dog", "ice cream", "tench, Tinca tinca"]
     rows = [f'{k}.0,"{v}"' for k, v in zip("abcdef", labels, strict=True)]
     assert set(opened(root, "id,label\n" + "\n".join(rows)).class_names) == {*labels}
+
+
+def test_words_that_names_share_are_mentioned(root):
+    labels = ["haze primary", "clear primary", "clear, water", "cloudy", "haze primary", "cloudy"]
+    rows = [f'{k}.0,"{v}"' for k, v in zip("abcdef", labels, strict=True)]
+    note = opened(root, "id,label\n" + "\n".join(rows)).notes[-1]
+    assert note == (
+        "3 names of classes share words, and each whole text is one class: such as 'clear primary' "
+        "and 'clear, water'"
+    )
+    assert note.kept == "3 names of classes share words, and each whole text is one class"
 
 
 def test_a_name_that_means_two_pictures_is_refused(root):

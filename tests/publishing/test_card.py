@@ -75,6 +75,28 @@ def test_paths_are_not_published(value, shown):
     assert public(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("notes", "skipped", "said"),
+    [
+        (
+            ["left out: 3 hidden folders"],
+            2,
+            "left out: 3 hidden folders; left out: 2 images that cannot be read.",
+        ),
+        (None, 0, None),  # as earlier versions wrote it
+    ],
+)
+def test_what_a_run_left_out_is_on_its_card(run_copy, capsys, notes, skipped, said):
+    record = Record.load(run_copy / "results.json")
+    dataclasses.replace(record, data_notes=notes, skipped_images=skipped).save(
+        run_copy / "results.json"
+    )
+    assert main(["publish", str(run_copy), "me/nano", "--dry-run"]) == 0
+    _, words, after = capsys.readouterr().out.partition("Of these images the run said: ")
+    assert bool(words) == (said is not None)
+    assert after.startswith(said or "")
+
+
 def started_from(run, **changes):
     """The run as if it had begun elsewhere."""
     dataclasses.replace(

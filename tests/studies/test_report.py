@@ -296,6 +296,21 @@ def test_names_do_not_cover_each_other(tmp_path, drawn, count):
         assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
 
 
+def test_what_runs_left_out_is_said_and_one_run_is_singular(tmp_path, no_pictures, capsys):
+    odd = record(skipped_images=1, data_notes=["left out: 2 hidden folders"])
+    write_run(tmp_path / "a", odd)
+    assert main(["report", "a"]) == 0
+    assert capsys.readouterr().out == "1 run in 1 group is compared in report/report.md\n"
+    text = (tmp_path / "report" / "report.md").read_text()
+    line = "left out: 2 hidden folders; left out: 1 image that cannot be read.\n"
+    assert text.startswith("# 1 run in 1 group\n")
+    assert f"**Mind:** of the data of `m`: {line}" in text
+
+    write_run(tmp_path / "b", record(model="n"))  # with nothing to say
+    assert main(["report", "a", "b"]) == 0
+    assert (tmp_path / "report" / "report.md").read_text().count("of the data of") == 1
+
+
 def test_damaged_and_unfinished_runs_are_listed_with_the_reason(tmp_path, no_pictures, capsys):
     good = write_run(tmp_path / "runs" / "good", BASE)
     cut = write_run(tmp_path / "runs" / "cut", BASE)
@@ -313,7 +328,7 @@ def test_damaged_and_unfinished_runs_are_listed_with_the_reason(tmp_path, no_pic
 
     assert main(["report", "runs", "absent", "notes.txt", "void"]) == 0
     said = capsys.readouterr()
-    assert said.out == "2 runs in 1 groups are compared in report/report.md\n"
+    assert said.out == "2 runs in 1 group are compared in report/report.md\n"
     lines = dict(
         line.removeprefix("left out: ").split(" ", 1) for line in said.err.strip().splitlines()
     )

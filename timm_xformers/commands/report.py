@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare, and say where the report is."""
     require_extra("train", "accelerate", "matplotlib", "scipy")
-    from timm_xformers.studies.comparing.report import report
+    from timm_xformers.studies.comparing.report import count_runs, report
 
     done = report(
         [Path(name) for name in args.runs],
@@ -45,5 +45,5 @@ def run(args: argparse.Namespace) -> None:
     )
     for entry in done.skipped:
         print(f"left out: {entry.source} {entry.reason}", file=sys.stderr)
-    runs = sum(len(group.runs) for group in done.groups)
-    print(f"{runs} runs in {len(done.groups)} groups are compared in {done.path}")
+    are = "is" if sum(len(group.runs) for group in done.groups) == 1 else "are"
+    print(f"{count_runs(done.groups)} {are} compared in {done.path}")

@@ -7,10 +7,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from timm_xformers.data.notes import Note
 from timm_xformers.errors import UserError
 from timm_xformers.files.text import plain
 
-__all__ = ["ONE_CLASS_EACH", "alike_names", "match_names", "refuse_lists"]
+__all__ = ["ONE_CLASS_EACH", "alike_names", "match_names", "refuse_lists", "shared_words"]
 
 # What is said wherever a picture turns out to have several classes.
 ONE_CLASS_EACH = (
@@ -65,15 +66,35 @@ def refuse_lists(source: str, names: Collection[str]) -> None:
                 )
 
 
-def alike_names(names: Sequence[str]) -> list[str]:
+def alike_names(names: Sequence[str]) -> list[Note]:
     """A line on names that differ in case, spaces, hyphens or underscores alone; or none."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_loosely(name), []).append(name)
     if alike := [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]:
         more = ", ..." if len(alike) > 3 else ""
-        return [f"classes of their own, though they look alike: {', '.join(alike[:3])}{more}"]
+        words = "classes of their own, though they look alike: "
+        return [Note(f"{words}{', '.join(alike[:3])}{more}", f"{len(alike)} {words.strip(': ')}")]
     return []
+
+
+def shared_words(names: Sequence[str]) -> list[Note]:
+    """A line on names that have words in common, as lists of tags do; or none.
+
+    "haze primary" beside "clear primary" may be two tags a picture each. `refuse_lists` cannot know
+    where no tag stands alone, and breeds of dogs look the same.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for word in dict.fromkeys(re.findall(r"[^\s,]+", name.casefold())):
+            found.setdefault(word, []).append(name)
+    shared = {name for group in found.values() if len(group) > 1 for name in group}
+    if not shared:
+        return []
+    first = next(group for group in found.values() if len(group) > 1)
+    some = " and ".join(repr(plain(name)) for name in first[:2])
+    words = "names of classes share words, and each whole text is one class"
+    return [Note(f"{len(shared)} {words}: such as {some}", f"{len(shared)} {words}")]
 
 
 def _loosely(name: str) -> str:

@@ -17,6 +17,7 @@ from timm_xformers.data.duplicates import shared_pictures
 from timm_xformers.data.known_sets import KNOWN_SETS, KnownSet
 from timm_xformers.data.loader import LoaderBatches, usable_cores
 from timm_xformers.data.memory import MemoryBatches, decode
+from timm_xformers.data.notes import Note
 from timm_xformers.data.preprocessing import Preprocessing, input_size
 from timm_xformers.data.rand_augment import check_policy
 from timm_xformers.data.sampling import stratified_split
@@ -85,8 +86,13 @@ class Data:
     std: tuple[float, ...]
     in_memory: bool
     skipped: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     undivided: bool = False
+
+    @property
+    def kept_notes(self) -> list[str]:
+        """What a record keeps of the notes."""
+        return [note.kept for note in self.notes if note.kept]
 
     def preprocess(self, preprocessing: Preprocessing, normalize: str) -> Preprocessing:
         """A new model's size and channels for this data, images kept whole.
@@ -162,6 +168,7 @@ def open_data(
     readable, skipped = _without_damaged(recipe, chosen)
     splits |= readable
     doubled = [] if known else shared_pictures(readable)  # those of known sets are known
+    lacking = _lacking(readable.get("test"), source.class_names, num_classes)
     mean, std = _scale(known, in_chans)
     train = splits["train"] or images
     return Data(
@@ -176,7 +183,7 @@ def open_data(
         std=std,
         in_memory=in_memory,
         skipped=tuple(skipped),
-        notes=(*source.notes, *alike_names(source.class_names), *doubled),
+        notes=(*source.notes, *alike_names(source.class_names), *doubled, *lacking),
         undivided=undivided,
     )
 
@@ -216,6 +223,20 @@ def _count_classes(recipe: Recipe, source: Source) -> int:
             "its own."
         )
     return count
+
+
+def _lacking(test: Split | None, names: Sequence[str], num_classes: int) -> list[Note]:
+    """A line on classes without test images, on which the figures say nothing; or none."""
+    if test is None:
+        return []
+    seen = test.labels.bincount(minlength=num_classes)
+    named = len(names) == num_classes
+    absent = [names[n] if named else str(n) for n in (seen == 0).nonzero().flatten().tolist()]
+    if not absent:
+        return []
+    some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+    words = f"no test images of {len(absent)} of {num_classes} classes"
+    return [Note(f"{words} ({some})", words)]
 
 
 def _set_validation_aside(recipe: Recipe, source: Source) -> dict[str, Split | None]:

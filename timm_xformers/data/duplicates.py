@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 
+from timm_xformers.data.notes import Note
 from timm_xformers.data.split import Split
 
 __all__ = ["shared_pictures"]
@@ -12,7 +13,7 @@ __all__ = ["shared_pictures"]
 LOOKED_THROUGH = 50_000
 
 
-def shared_pictures(splits: Mapping[str, Split]) -> list[str]:
+def shared_pictures(splits: Mapping[str, Split]) -> list[Note]:
     """A line on pictures of one part whose files are, byte for byte, also in another.
 
     Only files of a size that both parts have are read.
@@ -30,7 +31,7 @@ def shared_pictures(splits: Mapping[str, Split]) -> list[str]:
         name: [_size(split, position) for position in range(len(split))]
         for name, split in encoded.items()
     }
-    words = []
+    words, counts = [], []
     for first, second in itertools.combinations(encoded, 2):
         common = ({*sizes[first]} & {*sizes[second]}) - {None}
         digests = [
@@ -43,10 +44,12 @@ def shared_pictures(splits: Mapping[str, Split]) -> list[str]:
         ]
         if both := [digest for digest in digests[1] if digest in digests[0]]:
             names = " and ".join(found[both[0]] for found in digests)
-            words.append(f"{len(both)} in {first} and {second} (such as {names})")
+            counts.append(f"{len(both)} in {first} and {second}")
+            words.append(f"{counts[-1]} (such as {names})")
     if not words:
         return []
-    return [f"the same picture twice, which flatters the figures: {'; '.join(words)}"]
+    start = "the same picture twice, which flatters the figures: "
+    return [Note(start + "; ".join(words), start + ", ".join(counts))]
 
 
 def _size(split: Split, position: int) -> int | None:

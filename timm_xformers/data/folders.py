@@ -20,7 +20,9 @@ from typing import BinaryIO, ClassVar
 
 import torch
 
+from timm_xformers.data.classes import shared_words
 from timm_xformers.data.label_file import label_files
+from timm_xformers.data.notes import Note
 from timm_xformers.data.trees import LeftOut, Place, Tree, by_nature, read_span
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.text import plain
@@ -86,7 +88,7 @@ class FileImages:
         return self.files[row]
 
 
-def open_folder(recipe: Recipe, used: Collection[str]) -> tuple[dict[str, FileImages], list[str]]:
+def open_folder(recipe: Recipe, used: Collection[str]) -> tuple[dict[str, FileImages], list[Note]]:
     """The parts of a folder by role: train, val and test, those that there are.
 
     Args:
@@ -132,8 +134,10 @@ def open_folder(recipe: Recipe, used: Collection[str]) -> tuple[dict[str, FileIm
         os.path.splitext(file)[1].lower() for images in found.values() for file in images.files
     )
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
-    notes = [f"files: {kinds}"] if len(suffixes) > 1 else []
-    return found, notes + ([f"left out: {left_out}"] if str(left_out) else [])
+    notes = [Note(f"files: {kinds}", "")] if len(suffixes) > 1 else []
+    if str(left_out):
+        notes.append(Note(f"left out: {left_out}", f"left out: {left_out.counts}"))
+    return found, notes + ([] if labels is None else shared_words(order))
 
 
 def _find_root(recipe: Recipe) -> tuple[Place, dict[str, str | None]]:

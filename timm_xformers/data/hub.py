@@ -41,8 +41,9 @@ class HubImages:
     def __init__(
         self, rows: Any, column: str, classes: Sequence[Any], class_names: Sequence[str] = ()
     ) -> None:
+        self.texts: Sequence[str] = ()  # classes that have come as words, not as numbers
         if not class_names and classes and all(isinstance(name, str) for name in classes):
-            class_names = sorted(set(classes), key=by_nature)
+            self.texts = class_names = sorted(set(classes), key=by_nature)
             refuse_lists("The data set", class_names)
             number = {name: label for label, name in enumerate(class_names)}
             classes = [number[name] for name in classes]

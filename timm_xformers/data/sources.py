@@ -18,10 +18,11 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from timm_xformers.data.classes import match_names
+from timm_xformers.data.classes import match_names, shared_words
 from timm_xformers.data.folders import ROLES, open_folder
-from timm_xformers.data.hub import HubSplits
+from timm_xformers.data.hub import HubImages, HubSplits
 from timm_xformers.data.known_sets import KNOWN_SETS, KnownSet
+from timm_xformers.data.notes import Note
 from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.shards import find_shards, open_shards
 from timm_xformers.data.split import Images, PilImages, Split, label_tensor, split_of
@@ -54,7 +55,7 @@ class Source:
     val: Split | None
     test: Split | None
     class_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def only(self, roles: Collection[str]) -> "Source":
         """The source without the splits for other roles."""
@@ -94,7 +95,7 @@ def open_source(recipe: Recipe, used: Collection[str] = EVERYTHING) -> Source:
     if name == "digits":
         source = _digits(recipe, mode)
         return source if tested else replace(source, test=None)
-    notes: list[str] = []
+    notes: list[Note] = []
     if name in FOLDERS:
         found, notes = open_folder(recipe, used)
         parts: Mapping[str, Images] = found
@@ -102,7 +103,9 @@ def open_source(recipe: Recipe, used: Collection[str] = EVERYTHING) -> Source:
         # datasets takes a cache folder where the others take the data, so a path is the name.
         cache = None if rest.startswith("/") else recipe.data_dir
         hub = HubSplits(rest, cache, recipe.labels, stream=prefix == "hfids")
-        parts = _find_hub(recipe, hub, used)
+        rows = _find_hub(recipe, hub, used)
+        parts = rows
+        notes = shared_words(sorted({n for part in rows.values() for n in part.texts}))
     elif prefix == "wds":
         parts = _find_shards(recipe)
     elif prefix in ("torch", "tfds"):
@@ -216,7 +219,7 @@ def _shared_roles(recipe: Recipe, ranges: Mapping[str, Collection[Range]]) -> se
     return shared
 
 
-def _find_hub(recipe: Recipe, hub: HubSplits, used: Collection[str]) -> dict[str, Images]:
+def _find_hub(recipe: Recipe, hub: HubSplits, used: Collection[str]) -> dict[str, HubImages]:
     """Splits of a Hub data set by role."""
     names = {}
     for role, wanted in _wanted(recipe).items():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from timm_xformers.data.classes import match_names
+from timm_xformers.data.notes import Note
 from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.sources import Source
 from timm_xformers.data.split import Split
@@ -94,10 +95,12 @@ def number_like(
         for split in (source.train, source.val, source.test)
     )
     lost = sum(map(len, source.splits)) - sum(len(s) for s in (train, val, test) if s is not None)
-    note = (
-        f"left out: {lost} images of {len(strange)} classes that the model does not know ({some})"
+    images, kinds = (
+        f"{count} {what}" + ("" if count == 1 else end)
+        for count, what, end in ((lost, "image", "s"), (len(strange), "class", "es"))
     )
-    notes = (*source.notes, note) if lost else source.notes
+    left = f"left out: {images} of {kinds} that the model does not know"
+    notes = (*source.notes, Note(f"{left} ({some})", left)) if lost else source.notes
     return Source(train, val, test, tuple(known), notes)
 
 

@@ -76,22 +76,34 @@ class LeftOut:
         self.suffixes.update(other.suffixes)
 
     def __str__(self) -> str:
-        """One line; empty if nothing was left out."""
-        parts = [_counted(len(names), reason, names) for reason, names in self.names.items()]
+        """One line with the first names; empty if nothing was left out."""
+        return plain("; ".join(f"{what} ({_first(names)})" for what, names in self._parts()))
+
+    @property
+    def counts(self) -> str:
+        """The same without names."""
+        return plain(", ".join(what for what, _ in self._parts()))
+
+    def _parts(self) -> list[tuple[str, list[str]]]:
+        """How many of what, and their names or kinds."""
+        parts = [(_counted(len(names), reason), names) for reason, names in self.names.items()]
         if self.suffixes:
             kinds = [f"{count} {suffix}" for suffix, count in self.suffixes.most_common()]
             count = sum(self.suffixes.values())
-            parts.append(_counted(count, "files that are no pictures by their names", kinds))
-        return plain("; ".join(parts))
+            parts.append((_counted(count, "files that are no pictures by their names"), kinds))
+        return parts
 
 
-def _counted(count: int, what: str, names: list[str]) -> str:
-    """How many of what, which is the plural of something, and the first of them."""
+def _counted(count: int, what: str) -> str:
+    """How many of what, which is the plural of something."""
     if count == 1:
         for more, one in SINGULAR:
             what = re.sub(more, one, what)
-    some = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    return f"{count} {what} ({some})"
+    return f"{count} {what}"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 @dataclasses.dataclass(frozen=True)

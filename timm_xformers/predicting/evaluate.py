@@ -99,6 +99,7 @@ def evaluate(
         in_chans=preprocessing.in_chans,
         num_classes=data.num_classes,
         skipped_images=len(data.skipped),
+        data_notes=data.kept_notes,
         batch_size=recipe.batch_size,
         num_processes=accelerator.num_processes,
         mixed_precision=recipe.mixed_precision,

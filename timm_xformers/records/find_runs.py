@@ -190,8 +190,9 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return value in arguments
-    if origin is list:  # an interval
-        return isinstance(value, list) and len(value) == 2 and all(_fits(v, float) for v in value)
+    if origin is list:
+        whole = isinstance(value, list) and all(_fits(entry, arguments[0]) for entry in value)
+        return whole and (len(value) == 2 or arguments[0] is not float)  # floats are an interval
     if hint is float or hint is int:
         kinds = (int, float) if hint is float else int
         return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)

@@ -60,6 +60,7 @@ class Record:
         val_teacher_top1_percent: The teacher's accuracy on them.
         test_images: Images of the test split, likewise below.
         skipped_images: Unreadable images left out of the splits in use.
+        data_notes: What else was left out, or is odd about the data, without names of files.
         initial_weights: ``random weights``, or where training started from.
         teacher: Weights whose outputs training matched.
         data_digest: Of the names of classes and images, and the labels, of all splits.
@@ -107,6 +108,7 @@ class Record:
     test_agreement_percent: float | None = None
     test_teacher_top1_percent: float | None = None
     skipped_images: int | None = None
+    data_notes: list[str] | None = None
     initial_weights: str | None = None
     teacher: str | None = None
     data_digest: str | None = None
@@ -128,6 +130,15 @@ class Record:
     versions: dict[str, str]
     hardware: dict[str, Any]
     created: str
+
+    @property
+    def reservations(self) -> str:
+        """In one line: what was left out, or is odd about the data; empty if there is nothing."""
+        notes = [*(self.data_notes or [])]
+        if self.skipped_images:
+            plural = "" if self.skipped_images == 1 else "s"
+            notes.append(f"left out: {self.skipped_images} image{plural} that cannot be read")
+        return "; ".join(notes)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

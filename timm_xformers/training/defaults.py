@@ -31,7 +31,8 @@ def choose_model(recipe: Recipe, given: Collection[str]) -> tuple[Recipe, str]:
     Raises:
         UserError: The data is missing or does not fit the recipe.
     """
-    images = open_data(dataclasses.replace(recipe, in_memory=False), ["train"]).train
+    # All parts, so that whatever is wrong with one is said at once.
+    images = open_data(dataclasses.replace(recipe, in_memory=False)).train
     count = len(images)
     shown = min(count, LOOKED_AT)
     sizes = [images.image(number * count // shown).size for number in range(shown)]

@@ -99,7 +99,7 @@ class Trackers:
         """Send the numbers of the final record; its words are settings, or in results.json."""
         values: dict[str, Any] = {}
         for name, value in dataclasses.asdict(record).items():
-            if isinstance(value, list):
+            if name.endswith("_interval_percent") and value is not None:
                 low, high = value
                 values |= {f"result/{name}_low": low, f"result/{name}_high": high}
             elif isinstance(value, (int, float)):

@@ -390,6 +390,7 @@ class _Run:
             in_chans=session.preprocessing.in_chans,
             num_classes=session.data.num_classes,
             skipped_images=len(session.data.skipped),
+            data_notes=session.data.kept_notes,
             initial_weights=session.initial_weights,
             teacher=None if teacher is None else teacher.name,
             data_digest=digest_of(self.origin["data"]),

@@ -21,7 +21,7 @@ from timm_xformers.studies.comparing.groups import (
 )
 from timm_xformers.studies.comparing.report_plots import PLOTS, plot_report
 
-__all__ = ["Report", "report"]
+__all__ = ["Report", "count_runs", "report"]
 
 NAMES = {"test": "test", "val": "validation"}
 # Means over the runs of a group, as report.csv calls them.
@@ -95,13 +95,19 @@ def report(
     return Report(path, groups, skipped)
 
 
+def count_runs(groups: Sequence[Group]) -> str:
+    """Words such as ``3 runs in 1 group``."""
+    counts = {"run": sum(len(group.runs) for group in groups), "group": len(groups)}
+    return " in ".join(f"{n} {what}{'' if n == 1 else 's'}" for what, n in counts.items())
+
+
 def _markdown(
     groups: list[Group], skipped: list[Skipped], plots: list[str], sort: str, metric: Metric
 ) -> str:
     records = [run.record for group in groups for run in group.runs]
     cells = {name: [cell(group) for group in groups] for name, cell in COLUMNS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
-    lines = [f"# {len(records)} runs in {len(groups)} groups", ""]
+    lines = [f"# {count_runs(groups)}", ""]
     lines += markdown_table(
         [name.strip() for name in cells],
         [[cell or "-" for cell in row] for row in zip(*cells.values(), strict=True)],
@@ -150,6 +156,12 @@ def _notes(groups: list[Group]) -> list[str]:
     sets = sorted({record.data for record in records})
     if len(sets) > 1:
         notes.append(f"accuracies on {', '.join(sets)} do not compare with one another.\n")
+    told: dict[str, list[str]] = {}
+    for group in groups:
+        for text in dict.fromkeys(run.record.reservations for run in group.runs):
+            told.setdefault(text, []).append(f"`{group.label}`")
+    told.pop("", None)
+    notes += [f"of the data of {', '.join(who)}: {text}.\n" for text, who in told.items()]
     for group in groups:
         again = [seed for seed, count in Counter(group.seeds).items() if count > 1]
         if again:
