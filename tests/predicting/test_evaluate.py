@@ -107,7 +107,7 @@ def test_unknown_classes_are_named_or_left_out(colours, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)["test_images"] == 12
     assert json.loads(out)["test_top1_percent"] == 100.0
-    assert "left out: 6 images of 1 classes that the model does not know (cat)" in err
+    assert "left out: 6 images of 1 class that the model does not know (cat)" in err
     shutil.rmtree(tmp_path / "new" / "red")
     shutil.rmtree(tmp_path / "new" / "green")
     assert main([*command, "--skip-unknown-classes"]) == 1
