@@ -42,10 +42,10 @@ def refuse_damaged(problems: Sequence[tuple[str, str]], total: int) -> None:
         return
     names = ", ".join(name for name, _ in problems[:NAMED_FILES])
     more = f" and {len(problems) - NAMED_FILES} more" if len(problems) > NAMED_FILES else ""
+    first, them = ("the first: ", "them") if len(problems) > 1 else ("", "it")
     raise UserError(
-        f"Cannot read {len(problems)} of {total} images: {names}{more} (the first: "
-        f"{problems[0][1]}); repair them, or leave them out of a new run with --set "
-        "unreadable=skip."
+        f"Cannot read {len(problems)} of {total} images: {names}{more} ({first}{problems[0][1]}); "
+        f"repair {them}, or leave {them} out of a new run with --set unreadable=skip."
     )
 
 
