@@ -195,7 +195,7 @@ def test_compiles_and_exports(name):
 def test_hooks_stay():
     model = VIT()
     calls = []
-    handle = model.blocks[1].attn.register_forward_hook(lambda *_: calls.append(1))
+    handle = model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
     x = images(model).float()
     replace_attention(model, "softmax")
     model(x)
@@ -273,6 +273,20 @@ def test_relative_bias_is_left_out_on_request():
     model.load_state_dict(before)  # the bias is left out of the checkpoint, too
     restore_attention(model)
     assert torch.equal(model(images(model)), out)
+
+
+# timm resizes the table in ways that PyTorch warns of.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_relpos_small_patch16_224"])
+def test_biases_wait_and_follow_the_size(name):
+    model, untouched = draw(named(name)), draw(named(name))
+    replace_attention(model, "nystrom_l16", relative_bias="drop")
+    for each in (model, untouched):
+        each.set_input_size((64, 32))
+    x = torch.randn(1, 3, 64, 32, dtype=torch.float64)
+    assert not torch.allclose(model(x), untouched(x))
+    restore_attention(model)
+    assert torch.equal(model(x), untouched(x))
 
 
 def test_new_weights_on_request():

@@ -167,6 +167,18 @@ class BiasForm(RotaryForm):
         """Names of the biases."""
         return {"relative_position_bias_table", "rel_pos"}
 
+    # The biases wait in the original; a model that changes its size resizes them there.
+
+    @property
+    def rel_pos(self) -> Any:
+        """The bias of ViT-RelPos, which is not applied."""
+        return getattr(self.original, "rel_pos", None)
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Resize the bias of BEiT, which is not applied, to a grid of so many rows and columns."""
+        original: Any = self.original
+        original.set_window_size(window_size)
+
     def forward(  # type: ignore[override]
         self,
         x: Tensor,

@@ -218,7 +218,11 @@ def _make(site: Site, choice: Choice) -> Form:
             f"{site.name} drops entries of its attention map (p={attn_drop}), and "
             f"{choice.mechanism} attention has none; set its attn_drop.p to 0 first."
         )
-    like = next(p for p in old.parameters() if p.is_floating_point())
+    like = next((p for p in old.parameters() if p.is_floating_point()), None)
+    if like is None:
+        raise ValueError(
+            f"{site.name} has no floating-point weights; replace before the model is quantised."
+        )
     seed = 1000 * choice.feature_seed + site.index
     with torch.random.fork_rng(devices=[]):  # the caller's draws stay as they would be
         torch.manual_seed(seed)

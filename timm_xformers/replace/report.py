@@ -5,6 +5,9 @@ the multiply-adds of matrix products and convolutions, and what autograd keeps i
 to the memory of training.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -203,6 +206,17 @@ def _cost(layer: nn.Module, length: int | None, turned: bool) -> Cost:
     width = token_width(layer, int(getattr(layer, "attn_dim", 0)))
     if length is None or width == 0:
         return Cost(parameters, None, None)
+    try:
+        with _without_hooks(layer):
+            return Cost(parameters, *_run(layer, length, width, turned))
+    except Exception:
+        # The replacement stands by now. A layer that cannot run without data (with weights in
+        # another form, or a hook that makes them) has no figures, and the table says "?".
+        return Cost(parameters, None, None)
+
+
+def _run(layer: nn.Module, length: int, width: int, turned: bool) -> tuple[int, int]:
+    """Multiply-adds of a layer's forward, and bytes that autograd keeps of it."""
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     like = next(p for p in layer.parameters() if p.is_floating_point())
     kept: dict[int, int] = {}
@@ -229,7 +243,21 @@ def _cost(layer: nn.Module, length: int | None, turned: bool) -> Cost:
         ):
             out = functional_call(layer, fakes, *_arguments(layer, x, turned))
             del out
-    return Cost(parameters, counter.get_total_flops() // 2, sum(kept.values()))
+    return counter.get_total_flops() // 2, sum(kept.values())
+
+
+@contextmanager
+def _without_hooks(layer: nn.Module) -> Iterator[None]:
+    """A user's hooks must not see tensors without data."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    held = [(vars(part), {n: vars(part)[n] for n in names}) for part in layer.modules()]
+    try:
+        for table, _ in held:
+            table.update({name: OrderedDict() for name in names})
+        yield
+    finally:
+        for table, hooks in held:
+            table.update(hooks)
 
 
 def _arguments(layer: nn.Module, x: Tensor, turned: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
