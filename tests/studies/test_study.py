@@ -345,7 +345,8 @@ def test_arm_that_cannot_be_built_is_found_before_the_start(tmp_path):
     matrix.measure_plan(study, Path("out"), {}, 1)
     exact, sketch = (read_plan(folder)[plan_key(run, 1)] for run in study.runs[:2])
     assert exact["steps"] == 2 * 16
-    assert exact["cpu_seconds"] > 2 * 16 * exact["step_ms"] / 1e3 > 0
+    # Steps and the passes over the validation images; the file has one digit of the sum.
+    assert exact["cpu_seconds"] + 0.05 > 2 * 16 * exact["step_ms"] / 1e3 > 0
     assert "no_such" in sketch["refused"]
 
 

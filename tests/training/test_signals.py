@@ -20,10 +20,14 @@ from timm_xformers.training.signals import StopRequest
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_schedulers_and_terminals_may_ask_twice(signum):
-    with StopRequest() as request:
-        signal.raise_signal(signum)
-        signal.raise_signal(signum)
-        signal.raise_signal(signal.SIGTERM)
+    before = signal.signal(signum, signal.SIG_DFL)  # these tests may run under nohup themselves
+    try:
+        with StopRequest() as request:
+            signal.raise_signal(signum)
+            signal.raise_signal(signum)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signum, before)
     assert request.signum == signum
 
 
