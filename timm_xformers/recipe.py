@@ -570,13 +570,10 @@ def _check_teacher(recipe: Recipe) -> None:
                 )
     if recipe.fsdp:
         raise UsageError("A teacher does not go with fsdp=true; use fsdp=false.")
-    if recipe.patch_drop_rate or any("patch_drop_rate" in entry for entry in recipe.stages):
-        raise UsageError(
-            "A teacher sees all tokens, and patch_drop_rate would leave out the student's; drop it."
-        )
     if any("img_size" in entry for entry in recipe.stages):
         raise UsageError(
-            "A teacher has one image size, so stages may change batch_size only; drop img_size."
+            "A teacher has one image size, so stages may change batch_size and patch_drop_rate "
+            "only; drop img_size."
         )
 
 

@@ -154,6 +154,41 @@ def test_teacher_as_student_has_no_loss_and_agrees_in_all(repair):
     assert record.test_teacher_top1_percent == record.test_top1_percent
 
 
+def test_teacher_and_student_leave_out_the_same_tokens(repair):
+    values = {"replace": {}, "align_epochs": 0, "patch_drop_rate": 0.5, "lr": 1e-6}
+    session = open_session(repair(**values))
+    teacher = session.trainer.teacher
+    tokens = []
+    teacher.model.blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
+    # Other tokens would make it 0.1 and more.
+    assert one_epoch(session, 1).loss < 1e-4
+    assert {len(each[0]) for each in tokens} == {1 + 32}  # half of 64, and the class token
+    assert not torch.equal(tokens[0], tokens[1])
+    assert not teacher.model.training
+    tokens.clear()
+    session.trainer.model.eval()
+    images, _ = next(iter(session.opened("val").batches([torch.arange(4)])))
+    teacher.model(images)
+    assert len(tokens[0][0]) == 1 + 64  # evaluation sees all
+
+
+def test_layers_are_aligned_on_the_tokens_that_are_left(repair):
+    session = open_session(repair(patch_drop_rate=0.5))
+    sizes = set()
+    for site in attention_sites(session.trainer.model):
+        site.module.register_forward_hook(lambda _, args, out: sizes.add(out.shape[1]))
+    assert one_epoch(session, 1).loss > 0
+    assert one_epoch(session, 2).loss > 0
+    assert sizes == {1 + 32}
+
+
+def test_a_model_without_a_place_for_it_does_not_leave_out_tokens_with_a_teacher(repair, taught):
+    session = open_session(repair())
+    session.trainer.model.patch_drop = nn.ReLU()
+    with pytest.raises(UsageError, match="The model cannot leave out tokens"):
+        session.trainer.teacher.share_patch_dropout(session.trainer.model)
+
+
 def test_layers_of_the_same_outcome_have_no_loss(repair, monkeypatch):
     # Ours in the place of ours: nothing to align, were the kinds not said to differ.
     kinds = iter(range(100))
@@ -350,7 +385,7 @@ def test_no_epochs_keep_the_replaced_model_as_it_is(repair, taught):
         ({"teacher_loss": {"features": 0, "logits": 0}}, "weight 0 for all terms"),
         ({"smoothing": 0.1}, "smoothing is about the labels"),
         ({"class_weights": "balanced"}, "class_weights is about the labels"),
-        ({"patch_drop_rate": 0.5}, "sees all tokens"),
+        ({"patch_drop_rate": 0.5, "replace": {"mechanism": "local2d_w8"}}, "drops patches"),
         ({"stages": [{"epoch": 1, "img_size": 12}]}, "has one image size"),
         ({"img_size": 12}, "teacher takes images of img_size=8 and the model of 12"),
         ({"classes": ["1", "2"]}, "teacher knows 10 classes and the data has 2"),

@@ -326,6 +326,8 @@ def _make_trainer(
     preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
     if teacher is not None:
         preprocessing = teacher.fit(recipe, preprocessing, data.num_classes)
+        if patch_drop_rate:
+            teacher.share_patch_dropout(model)
     elif not recipe.starts_pretrained:
         preprocessing = data.preprocess(preprocessing, recipe.normalize)
     check_input(model, preprocessing.shape)

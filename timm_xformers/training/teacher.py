@@ -10,6 +10,9 @@ Two parts of one run, both free of labels:
 2. *Outputs.* The whole network trains, on the teacher's final features (all tokens before the
    head) and logits; outputs of attention alone predict little of a network's (ViT-AdaLA,
    arXiv:2603.16063).
+
+Where training leaves out tokens (``patch_drop_rate``), both leave out the same ones: the teacher's
+exact attention is what costs most at long sequences.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,6 +64,7 @@ class Teacher:
     _calls: dict[nn.Module, tuple[Call, Tensor]] = field(default_factory=dict, init=False)
     _hooks: list[Any] = field(default_factory=list, init=False)
     _outputs: Any = field(default=None, init=False)
+    _kept: "_SharedPatchDropout | None" = field(default=None, init=False)
 
     def sized(self, recipe: Recipe) -> Recipe:
         """A recipe that opens the data as the teacher takes images, where it has no wish."""
@@ -125,6 +130,26 @@ class Teacher:
         ]
         return _Layers([layer for _, layer in self._pairs])
 
+    def share_patch_dropout(self, student: nn.Module) -> None:
+        """Let the teacher leave out the tokens that the student leaves out while it trains.
+
+        Args:
+            student: The plain model, built with ``patch_drop_rate``; its layer is replaced by one
+                that both have.
+
+        Raises:
+            UsageError: One of them has no place where tokens are left out.
+        """
+        for name, model in (("model", student), ("teacher", self.model)):
+            if type(getattr(model, "patch_drop", None)) not in (PatchDropout, nn.Identity):
+                raise UsageError(
+                    f"The {name} cannot leave out tokens as timm's ViT does, so patch_drop_rate "
+                    "does not go with a teacher here; drop it."
+                )
+        own: Any = student.patch_drop
+        self._kept = _SharedPatchDropout(own.prob, own.num_prefix_tokens)
+        student.patch_drop = self.model.patch_drop = self._kept
+
     def end_alignment(self) -> None:
         """Go on to the second part, which `begin` then begins."""
         self.aligning = False
@@ -157,6 +182,8 @@ class Teacher:
         Returns:
             The loss, and the student's logits (B, classes); None while layers are aligned.
         """
+        if self._kept is not None:
+            self._kept.begin_step()
         with accelerator.autocast():
             if self.aligning:
                 with torch.no_grad():
@@ -229,6 +256,31 @@ def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     return F.kl_div(
         logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean"
     )
+
+
+class _SharedPatchDropout(PatchDropout):
+    """One layer of two models: the second to meet it keeps the tokens that the first kept."""
+
+    def __init__(self, prob: float, num_prefix_tokens: int) -> None:
+        super().__init__(prob, num_prefix_tokens)
+        self.kept: Tensor | None = None  # places of tokens, (B, kept)
+
+    def begin_step(self) -> None:
+        # The teacher, in evaluation mode, leaves tokens out as well while the student trains.
+        self.train()
+        self.kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) to (B, fewer, C) in training; the prefix tokens stay."""
+        if not self.training or not self.prob:
+            return x
+        first = self.num_prefix_tokens
+        patches = x[:, first:]
+        if self.kept is None:
+            count = max(1, int(patches.shape[1] * (1 - self.prob)))
+            self.kept = torch.randn(patches.shape[:2], device=x.device).argsort(dim=1)[:, :count]
+        index = self.kept.unsqueeze(-1).expand(-1, -1, x.shape[2])
+        return torch.cat([x[:, :first], patches.gather(1, index)], dim=1)
 
 
 class _Layers(nn.Module):
