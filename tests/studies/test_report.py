@@ -60,7 +60,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(report_module, "plot_report", lambda *args: [])
+    monkeypatch.setattr(report_module, "plot_report", lambda *args: {})
 
 
 def test_mean_deviation_and_interval_of_three_seeds():

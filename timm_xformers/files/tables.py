@@ -2,14 +2,24 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from timm_xformers.files.atomic import write_text
 from timm_xformers.files.text import plain
 
-__all__ = ["cell_text", "csv_text", "markdown_table", "text_table", "write_csv"]
+__all__ = [
+    "cell_text",
+    "column_table",
+    "csv_text",
+    "figure",
+    "markdown_table",
+    "text_table",
+    "write_csv",
+]
+
+T = TypeVar("T")
 
 
 def cell_text(value: Any) -> str:
@@ -19,6 +29,35 @@ def cell_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(cell_text, value))
     return "" if value is None else plain(str(value))
+
+
+def figure(value: float | None, digits: int) -> str:
+    """A number with commas between thousands; nothing for None."""
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def column_table(
+    columns: Mapping[str, Callable[[T], Any]], rows: Sequence[T], align: str
+) -> list[str]:
+    """Lines of a Markdown table with a column for each function of a row.
+
+    A column that is empty in every row is left out; elsewhere an empty cell is a dash. Spaces at
+    the end of a heading tell it from another that is called the same.
+
+    Args:
+        columns: Cells by heading.
+        rows: What the functions take.
+        align: As of `markdown_table`, for all columns.
+    """
+    sides = align.ljust(len(columns), align[-1])
+    shown = [
+        (head.strip(), side, cells)
+        for (head, cell), side in zip(columns.items(), sides, strict=True)
+        if any(cells := [cell_text(cell(row)) for row in rows])
+    ]
+    heads, kept, cells = zip(*shown, strict=True)
+    lines = [[text or "-" for text in row] for row in zip(*cells, strict=True)]
+    return markdown_table(heads, lines, "".join(kept))
 
 
 def markdown_table(

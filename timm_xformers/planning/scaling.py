@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from timm_xformers.errors import UsageError
-from timm_xformers.files.tables import markdown_table
+from timm_xformers.files.tables import column_table
 from timm_xformers.planning.catalog import build_empty, measure
 
 __all__ = ["Cluster", "Costs", "Job", "Row", "all_reduce_seconds", "costs_of", "estimate", "render"]
@@ -251,5 +251,4 @@ def render(rows: Sequence[Row]) -> str:
         "cost": lambda r: f"{r.cost:,.0f}",
         "GiB per GPU": lambda r: f"{r.memory_gib:.1f}",
     }
-    cells = [[cell(row) for cell in columns.values()] for row in rows]
-    return "\n".join(markdown_table(list(columns), cells, "r"))
+    return "\n".join(column_table(columns, rows, "r"))

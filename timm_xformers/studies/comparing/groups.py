@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from timm_xformers.files.tables import cell_text
@@ -12,9 +13,22 @@ from timm_xformers.recipe import NO_INFLUENCE
 from timm_xformers.records.find_runs import Run
 from timm_xformers.records.results_json import Record
 
-__all__ = ["SAME", "Estimate", "Group", "Metric", "difference", "group_runs", "sort_groups"]
+__all__ = [
+    "METRICS",
+    "SAME",
+    "Estimate",
+    "Group",
+    "Metric",
+    "difference",
+    "group_runs",
+    "interval_text",
+    "mean_text",
+    "sort_groups",
+    "tally",
+]
 
 Metric = Literal["test", "val"]
+METRICS: dict[Metric, str] = {"test": "test", "val": "validation"}
 
 # Equal within a group: what was trained, on what, and how. Seed, commit, time and place are not.
 SAME = (
@@ -69,6 +83,21 @@ class Estimate:
     low: float
     high: float
     method: Literal["t", "Wilson", "Newcombe"]
+
+
+def mean_text(found: Estimate | None, sign: str = "") -> str:
+    """Mean ± deviation; with "+" as ``sign``, as of a difference."""
+    if found is None:
+        return ""
+    deviation = "" if found.deviation is None else f" ± {found.deviation:.2f}"
+    return f"{found.mean:{sign}.2f}{deviation}"
+
+
+def interval_text(found: Estimate | None, sign: str = "") -> str:
+    """Both ends, and the first letter of the method."""
+    if found is None:
+        return ""
+    return f"{found.low:{sign}.2f} to {found.high:{sign}.2f} *{found.method[0]}*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,16 +199,19 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[str, list[Run]] = {}
     for run in sorted(runs, key=_run_key):
         members.setdefault(_identity(run.record), []).append(run)
-    found = list(members.values())
-    labels = [group[0].record.model for group in found]
-    named = [(group[0].record.data, label) for group, label in zip(found, labels, strict=True)]
-    for name in dict.fromkeys(named):
-        namesakes = [index for index, other in enumerate(named) if other == name]
-        for index, words in zip(
-            namesakes, _tell_apart([found[i][0] for i in namesakes]), strict=True
-        ):
-            labels[index] += words
-    return [Group(label, tuple(group)) for label, group in zip(labels, found, strict=True)]
+    namesakes: dict[tuple[str, str], list[str]] = {}
+    for key, (first, *_) in members.items():
+        namesakes.setdefault((first.record.data, first.record.model), []).append(key)
+    words: dict[str, str] = {}
+    for keys in namesakes.values():
+        words |= zip(keys, _tell_apart([members[key][0] for key in keys]), strict=True)
+    return [Group(found[0].record.model + words[key], (*found,)) for key, found in members.items()]
+
+
+def tally(facts: Sequence[Mapping[str, Any]]) -> dict[str, Counter[str]]:
+    """How many of some mappings say what, by name; where a name is missing: ``unknown``."""
+    names = dict.fromkeys(name for fact in facts for name in fact)
+    return {name: Counter(str(fact.get(name, "unknown")) for fact in facts) for name in names}
 
 
 def sort_groups(groups: Sequence[Group], by: str, metric: Metric) -> list[Group]:

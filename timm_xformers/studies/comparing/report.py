@@ -3,47 +3,48 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import write_text
-from timm_xformers.files.tables import cell_text, markdown_table, write_csv
+from timm_xformers.files.tables import cell_text, column_table, figure, write_csv
 from timm_xformers.records.find_runs import Skipped, find_runs
 from timm_xformers.studies.comparing.groups import (
+    METRICS,
     SAME,
     Estimate,
     Group,
     Metric,
     group_runs,
+    interval_text,
+    mean_text,
     sort_groups,
+    tally,
 )
-from timm_xformers.studies.comparing.report_plots import PLOTS, plot_report
+from timm_xformers.studies.comparing.report_plots import Cost, plot_report
 
 __all__ = ["Report", "count_runs", "report"]
 
-NAMES = {"test": "test", "val": "validation"}
 # Means over the runs of a group, as report.csv calls them.
 MEANS = ("seconds", "images_per_s", "data_wait_percent", "step_ms")
-# Heading -> cell. Columns that are empty for all groups are left out.
-COLUMNS: dict[str, Callable[[Group], str]] = {
+COLUMNS: dict[str, Callable[[Group], Any]] = {
     "model": lambda g: f"`{g.label}`",
     "data": lambda g: g.record.data,
     "parameters": lambda g: f"{g.record.params:,}",
-    "epochs": lambda g: _number(g.record.epochs, 0),
-    "runs (seeds)": lambda g: f"{len(g.runs)}{_seeds(g.seeds)}",
-    "test top-1 %": lambda g: _accuracy(g.top1("test")),
-    "95 %": lambda g: _interval(g.top1("test")),
-    "validation top-1 %": lambda g: _accuracy(g.top1("val")),
-    "95 % ": lambda g: _interval(g.top1("val")),
-    "seconds": lambda g: _number(g.mean("seconds"), 1),
-    "images/s": lambda g: _number(g.mean("images_per_s"), 0),
-    "data wait %": lambda g: _number(g.mean("data_wait_percent"), 1),
-    "ms per update": lambda g: _number(g.mean("step_ms"), 1),
-    "peak MiB": lambda g: _number(g.peak("peak_memory_mib"), 0),
+    "epochs": lambda g: figure(g.record.epochs, 0),
+    "runs (seeds)": lambda g: f"{len(g.runs)}" + (f" ({cell_text(g.seeds)})" if g.seeds else ""),
+    "test top-1 %": lambda g: mean_text(g.top1("test")),
+    "95 %": lambda g: interval_text(g.top1("test")),
+    "validation top-1 %": lambda g: mean_text(g.top1("val")),
+    "95 % ": lambda g: interval_text(g.top1("val")),
+    "seconds": lambda g: figure(g.mean("seconds"), 1),
+    "images/s": lambda g: figure(g.mean("images_per_s"), 0),
+    "data wait %": lambda g: figure(g.mean("data_wait_percent"), 1),
+    "ms per update": lambda g: figure(g.mean("step_ms"), 1),
+    "peak MiB": lambda g: figure(g.peak("peak_memory_mib"), 0),
 }
-WORDS = ("model", "data", "runs (seeds)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,7 @@ def report(
             for run in group.runs
         ],
     )
-    for name in PLOTS:
-        (output / name).unlink(missing_ok=True)
-    plots = plot_report(output, groups, metric)
+    plots = plot_report(output, groups, metric, _costs(groups))
     path = output / "report.md"
     write_text(path, _markdown(groups, skipped, plots, sort, metric))
     return Report(path, groups, skipped)
@@ -101,21 +100,32 @@ def count_runs(groups: Sequence[Group]) -> str:
     return " in ".join(f"{n} {what}{'' if n == 1 else 's'}" for what, n in counts.items())
 
 
+def _costs(groups: list[Group]) -> dict[str, Cost]:
+    # An evaluation's seconds are something else than a training's.
+    seconds = [group.mean("seconds") if group.record.kind == "train" else None for group in groups]
+    params = [group.record.params for group in groups]
+    memory = [group.peak("peak_memory_mib") for group in groups]
+    return {
+        "accuracy_seconds.png": Cost(
+            "Accuracy against seconds of training", "Seconds of training", seconds
+        ),
+        "accuracy_params.png": Cost("Accuracy against parameters", "Parameters", params),
+        "accuracy_memory.png": Cost("Accuracy against peak memory", "Peak memory (MiB)", memory),
+    }
+
+
 def _markdown(
-    groups: list[Group], skipped: list[Skipped], plots: list[str], sort: str, metric: Metric
+    groups: list[Group],
+    skipped: list[Skipped],
+    plots: Mapping[str, str],
+    sort: str,
+    metric: Metric,
 ) -> str:
     records = [run.record for group in groups for run in group.runs]
-    cells = {name: [cell(group) for group in groups] for name, cell in COLUMNS.items()}
-    cells = {name: column for name, column in cells.items() if any(column)}
-    lines = [f"# {count_runs(groups)}", ""]
-    lines += markdown_table(
-        [name.strip() for name in cells],
-        [[cell or "-" for cell in row] for row in zip(*cells.values(), strict=True)],
-        "".join("l" if name in WORDS else "r" for name in cells),
-    )
+    lines = [f"# {count_runs(groups)}", "", *column_table(COLUMNS, groups, "llrrlr")]
     lines += [
         "",
-        f"Sorted by {f'{NAMES[metric]} top-1' if sort == 'accuracy' else sort}. Accuracies are "
+        f"Sorted by {f'{METRICS[metric]} top-1' if sort == 'accuracy' else sort}. Accuracies are "
         "means over the runs of a group ± standard deviation (n - 1). 95 % intervals marked *t* "
         "are Student's, of the mean over seeds on these images; those marked *W* are Wilson's, of "
         "a single run over the choice of images. Seconds are of training without validation; times "
@@ -124,12 +134,13 @@ def _markdown(
     ]
     shared = []
     for what in ("versions", "hardware"):
-        same, _ = _shared([getattr(record, what) for record in records])
+        counts = tally([getattr(record, what) for record in records])
+        same = [f"{name} {next(iter(seen))}" for name, seen in counts.items() if len(seen) == 1]
         if same:
-            shared.append(f"{what.capitalize()}: {', '.join(f'{k} {v}' for k, v in same.items())}.")
+            shared.append(f"{what.capitalize()}: {', '.join(same)}.")
     lines += [" ".join(shared), ""]
     lines += [f"**Mind:** {note}" for note in _notes(groups)]
-    lines += [f"![{PLOTS[name]}]({name})\n" for name in plots]
+    lines += [f"![{title}]({name})\n" for name, title in plots.items()]
     if skipped:
         lines += ["", "Left out:", ""]
         lines += [f"- `{entry.source}` {entry.reason}" for entry in skipped]
@@ -141,17 +152,17 @@ def _notes(groups: list[Group]) -> list[str]:
     records = [run.record for group in groups for run in group.runs]
     notes = []
     commits = [{"commit": (record.commit or "unknown")[:8]} for record in records]
-    for kind, what, effect in (
+    for kind, facts, effect in (
         ("hardware", [record.hardware for record in records], "times and memory do not compare"),
         ("versions", [record.versions for record in records], "times may not compare"),
         ("commits", commits, "the code was not the same"),
     ):
-        _, mixed = _shared(what)
-        if mixed:
-            details = "; ".join(
-                f"{name} {', '.join(f'{value} ({count})' for value, count in counts.items())}"
-                for name, counts in mixed.items()
-            )
+        details = "; ".join(
+            f"{name} {', '.join(f'{value} ({count})' for value, count in sorted(seen.items()))}"
+            for name, seen in tally(facts).items()
+            if len(seen) > 1
+        )
+        if details:
             notes.append(f"mixed {kind}, so {effect}: {details} (runs in brackets).\n")
     sets = sorted({record.data for record in records})
     if len(sets) > 1:
@@ -170,22 +181,12 @@ def _notes(groups: list[Group]) -> list[str]:
     return notes
 
 
-def _shared(
-    facts: Sequence[dict[str, Any]],
-) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """What all agree on, and for the rest how many say what."""
-    names = list(dict.fromkeys(name for fact in facts for name in fact))
-    counts = {name: Counter(str(fact.get(name, "unknown")) for fact in facts) for name in names}
-    shared = {name: facts[0][name] for name in names if len(counts[name]) == 1}
-    return shared, {n: dict(sorted(c.items())) for n, c in counts.items() if len(c) > 1}
-
-
 def _group_row(group: Group) -> dict[str, Any]:
     """A line of report.csv."""
     row: dict[str, Any] = {"label": group.label}
     row |= _cells({name: getattr(group.record, name) for name in SAME})
     row |= {"runs": len(group.runs), "seeds": cell_text(group.seeds)}
-    for metric in ("test", "val"):
+    for metric in METRICS:
         top1 = group.top1(metric)
         for field in dataclasses.fields(Estimate):
             unit = "" if field.name == "method" else "_percent"
@@ -201,21 +202,3 @@ def _cells(values: dict[str, Any]) -> dict[str, Any]:
 
 def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
-
-
-def _seeds(seeds: list[int]) -> str:
-    return f" ({cell_text(seeds)})" if seeds else ""
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
-
-
-def _accuracy(top1: Estimate | None) -> str:
-    if top1 is None:
-        return ""
-    return f"{top1.mean:.2f}" + ("" if top1.deviation is None else f" ± {top1.deviation:.2f}")
-
-
-def _interval(top1: Estimate | None) -> str:
-    return "" if top1 is None else f"{top1.low:.2f} to {top1.high:.2f} *{top1.method[0]}*"

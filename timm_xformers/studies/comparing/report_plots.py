@@ -3,14 +3,12 @@
 A dashed line joins the groups that no other beats in both cost and mean accuracy, Pareto's front.
 """
 
-import dataclasses
 import itertools
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm_xformers.files.figures import (
     COLOURS,
@@ -21,170 +19,153 @@ from timm_xformers.files.figures import (
     whole_numbers,
 )
 from timm_xformers.records.results_csv import EpochRow
-from timm_xformers.studies.comparing.groups import Group, Metric
+from timm_xformers.studies.comparing.groups import METRICS, Group, Metric
 
-__all__ = ["PLOTS", "Cost", "picture_names", "plot_report"]
+__all__ = ["Cost", "picture_titles", "plot_report"]
 
-# File -> what it shows.
-PLOTS = {
-    "accuracy_seconds.png": "Accuracy against seconds of training",
-    "accuracy_params.png": "Accuracy against parameters",
-    "accuracy_memory.png": "Accuracy against peak memory",
-    "validation_curves.png": "Validation accuracy over the epochs",
-    "validation_seconds.png": "Validation accuracy over processor seconds of training",
-}
-# Label of an axis, and what of a group stands on it.
-Cost = tuple[str, Callable[[Group], float | None]]
 # Above this many, names beside the points would be too small; they go into a legend.
 MOST_LABELS = 12
 LEGEND_ROWS = 24
 LINES = ("-", "--", "-.", ":")
+# Place on the horizontal axis, mean accuracy there, and the accuracies of the runs.
+Point = tuple[float, float, list[float]]
 
 
-# Draws one group in a style and returns the place that its name belongs to.
-Draw = Callable[[Any, Group, dict[str, Any]], tuple[float, float]]
+class Cost(NamedTuple):
+    """What accuracy is drawn against: the picture's title, the axis, and a value for each group."""
+
+    title: str
+    label: str
+    values: Sequence[float | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Picture:
-    """What a file shows.
+class _Picture(NamedTuple):
+    """What a file shows: points against a cost or curves, of the groups (by number) with any."""
 
-    Attributes:
-        shown: Groups with something to show.
-        x_label: Of the horizontal axis.
-        y_label: Of the vertical axis.
-        draw: Draws one of them.
-        against_cost: Points against a cost, not curves.
-    """
-
-    shown: list[Group]
+    title: str
     x_label: str
     y_label: str
-    draw: Draw
-    against_cost: bool
+    is_curve: bool
+    points: dict[int, list[Point]]
 
 
 def plot_report(
-    output: Path,
-    groups: Sequence[Group],
-    metric: Metric,
-    costs: Mapping[str, Cost] | None = None,
-) -> list[str]:
-    """Draw what there is to draw, one panel per data set.
+    output: Path, groups: Sequence[Group], metric: Metric, costs: Mapping[str, Cost]
+) -> dict[str, str]:
+    """Draw what there is to draw, one panel per data set, in the place of earlier pictures.
 
     Args:
         output: Folder for the files.
         groups: Rows of the report; their order decides the colours, so that one looks the same in
             every picture.
         metric: Whose accuracy.
-        costs: By name of the file, what accuracy is drawn against; None: as in `PLOTS`.
+        costs: By name of the file.
 
     Returns:
-        Names of the files written.
+        Titles of the files written, by name.
     """
+    for file in (*costs, *CURVES):
+        (output / file).unlink(missing_ok=True)
     pictures = _pictures(groups, metric, costs)
     for file, picture in pictures.items():
         _draw(output / file, groups, picture)
-    return list(pictures)
+    return {file: picture.title for file, picture in pictures.items()}
 
 
-def picture_names(
-    groups: Sequence[Group], metric: Metric, costs: Mapping[str, Cost] | None = None
-) -> list[str]:
-    """Names of the files that `plot_report` would write."""
-    return list(_pictures(groups, metric, costs))
+def picture_titles(
+    groups: Sequence[Group], metric: Metric, costs: Mapping[str, Cost]
+) -> dict[str, str]:
+    """What `plot_report` would return."""
+    return {file: found.title for file, found in _pictures(groups, metric, costs).items()}
 
 
 def _pictures(
-    groups: Sequence[Group], metric: Metric, costs: Mapping[str, Cost] | None
+    groups: Sequence[Group], metric: Metric, costs: Mapping[str, Cost]
 ) -> dict[str, _Picture]:
     found = {}
-    y_label = f"{'Test' if metric == 'test' else 'Validation'} top-1 (%): mean, and small the runs"
-    for file, (label, cost) in (COSTS if costs is None else costs).items():
-        shown = [group for group in groups if cost(group) and group.top1(metric)]
-        found[file] = _Picture(shown, label, y_label, _points(cost, metric), against_cost=True)
+    y_label = f"{METRICS[metric].capitalize()} top-1 (%): mean, and small the runs"
+    for file, (title, label, values) in costs.items():
+        points: dict[int, list[Point]] = {}
+        for number, (group, value) in enumerate(zip(groups, values, strict=True)):
+            top1 = group.top1(metric)
+            if value and top1:
+                points[number] = [(value, top1.mean, group.values(f"{metric}_top1_percent"))]
+        found[file] = _Picture(title, label, y_label, False, points)
     y_label = "Validation top-1 (%); band: lowest to highest seed"
-    for file, label, places in (
-        ("validation_curves.png", "Epoch", _epochs),
-        ("validation_seconds.png", "Processor seconds of training", _processor_seconds),
-    ):
-        shown = [group for group in groups if _curve(group, places)]
-        found[file] = _Picture(shown, label, y_label, _lines(places), against_cost=False)
-    return {file: picture for file, picture in found.items() if picture.shown}
+    for file, (title, label, places) in CURVES.items():
+        curves = {number: _curve(group, places) for number, group in enumerate(groups)}
+        points = {number: curve for number, curve in curves.items() if curve}
+        found[file] = _Picture(title, label, y_label, True, points)
+    return {file: picture for file, picture in found.items() if picture.points}
 
 
 def _draw(path: Path, groups: Sequence[Group], picture: _Picture) -> None:
     """One panel per data set."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    shown = picture.shown
-    sets = list(dict.fromkeys(group.record.data for group in shown))
+    # The end of a long name is a setting or a folder and tells it from others.
+    names = {number: literal(groups[number].label, 20, 40) for number in picture.points}
+    members: dict[str, list[int]] = {}
+    for number in picture.points:
+        members.setdefault(groups[number].record.data, []).append(number)
     # Names stand at the right; a letter of 8 points is about 0.075 inches wide.
-    longest = max(len(_short(group.label)) for group in shown)
-    most = max(Counter(group.record.data for group in shown).values())
+    longest, most = max(map(len, names.values())), max(map(len, members.values()))
     columns = math.ceil(most / LEGEND_ROWS) if most > MOST_LABELS else 1
-    figure = new_figure(7 + columns * (0.3 + 0.075 * longest), 4.8 * len(sets))
-    panels = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
-    for axes, data in zip(panels, sets, strict=True):
-        members = [group for group in shown if group.record.data == data]
-        places = [picture.draw(axes, group, _style(groups.index(group))) for group in members]
+    figure = new_figure(7 + columns * (0.3 + 0.075 * longest), 4.8 * len(members))
+    panels = figure.subplots(len(members), 1, squeeze=False)[:, 0]
+    for axes, (data, numbers) in zip(panels, members.items(), strict=True):
+        places = {n: _plot(axes, picture, n, names[n]) for n in numbers}
         axes.set_title(data)
         axes.set_xlabel(picture.x_label)
         axes.set_ylabel(picture.y_label)
         axes.grid(alpha=0.3)
         axes.margins(x=0.06)
-        if picture.against_cost and len(places) > 1:
-            x, y = zip(*_front(places), strict=True)
+        if not picture.is_curve and len(places) > 1:
+            x, y = zip(*_front(list(places.values())), strict=True)
             axes.plot(x, y, color="0.5", linestyle="--", linewidth=0.8, zorder=1)
-        low, high = min(x for x, _ in places), max(x for x, _ in places)
+        low, high = min(x for x, _ in places.values()), max(x for x, _ in places.values())
         if picture.x_label == "Epoch":
             whole_numbers(axes)
-        elif picture.against_cost and high > 10 * low:
+        elif not picture.is_curve and high > 10 * low:
             axes.set_xscale("log")
             steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
             axes.xaxis.set_major_locator(LogLocator(subs=steps))
             axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.12g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
-        if len(members) > MOST_LABELS:
+        if len(numbers) > MOST_LABELS:
             place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
             axes.legend(**place, fontsize=6.5, ncols=columns, frameon=False)
         else:
-            _name_points(axes, members, places, [_style(groups.index(g)) for g in members])
+            _name_points(axes, names, places)
     save(figure, path)
 
 
-def _points(cost: Callable[[Group], float | None], metric: Metric) -> Draw:
-    def draw(axes: Any, group: Group, style: dict[str, Any]) -> tuple[float, float]:
-        x, top1 = cost(group) or 0.0, group.top1(metric)
-        assert top1 is not None
-        marker = {"marker": style["marker"], "color": style["color"], "linestyle": "none"}
-        axes.plot([x], [top1.mean], label=_short(group.label), **marker)
-        runs = group.values(f"{metric}_top1_percent")
-        if len(runs) > 1:  # with two or three runs an interval is so wide that it hides the rest
-            axes.plot([x] * len(runs), runs, markersize=2.5, alpha=0.8, **marker)
-            axes.plot([x, x], [min(runs), max(runs)], color=style["color"], linewidth=0.8)
-        return x, top1.mean
+def _plot(axes: Any, picture: _Picture, number: int, name: str) -> tuple[float, float]:
+    """Draw one group; gives the place that its name belongs to."""
+    x, mean, runs = zip(*picture.points[number], strict=True)
+    color, marker = _colour(number), MARKERS[number % len(MARKERS)]
+    if picture.is_curve:
+        line = LINES[number // len(COLOURS) % len(LINES)]
+        alone = marker if len(x) == 1 else None
+        axes.plot(x, mean, color=color, linestyle=line, marker=alone, label=name)
+        low, high = [min(each) for each in runs], [max(each) for each in runs]
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    else:
+        style = {"marker": marker, "color": color, "linestyle": "none"}
+        axes.plot(x, mean, label=name, **style)
+        (top1,) = runs
+        if len(top1) > 1:  # with two or three runs an interval is so wide that it hides the rest
+            axes.plot(x * len(top1), top1, markersize=2.5, alpha=0.8, **style)
+            axes.plot(x * 2, [min(top1), max(top1)], color=color, linewidth=0.8)
+    return x[-1], mean[-1]
 
-    return draw
 
-
-def _lines(places: "Places") -> Draw:
-    def draw(axes: Any, group: Group, style: dict[str, Any]) -> tuple[float, float]:
-        x, mean, low, high = zip(*_curve(group, places), strict=True)
-        marker = style["marker"] if len(x) == 1 else None
-        axes.plot(x, mean, **(style | {"marker": marker}), label=_short(group.label))
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        return x[-1], mean[-1]
-
-    return draw
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
 
 
 # Where each row of a run stands on the horizontal axis; nothing if that is not known.
 Places = Callable[[Sequence[EpochRow]], Sequence[float]]
-
-
-def _epochs(rows: Sequence[EpochRow]) -> Sequence[float]:
-    return [row.epoch for row in rows]
 
 
 def _processor_seconds(rows: Sequence[EpochRow]) -> Sequence[float]:
@@ -192,8 +173,23 @@ def _processor_seconds(rows: Sequence[EpochRow]) -> Sequence[float]:
     return [] if None in seconds else list(itertools.accumulate(s or 0.0 for s in seconds))
 
 
-def _curve(group: Group, places: Places) -> list[tuple[float, float, float, float]]:
-    """Place, mean, lowest and highest validation accuracy by epoch, over the runs that know them.
+# File -> title, label of the axis, places on it.
+CURVES: dict[str, tuple[str, str, Places]] = {
+    "validation_curves.png": (
+        "Validation accuracy over the epochs",
+        "Epoch",
+        lambda rows: [row.epoch for row in rows],
+    ),
+    "validation_seconds.png": (
+        "Validation accuracy over processor seconds of training",
+        "Processor seconds of training",
+        _processor_seconds,
+    ),
+}
+
+
+def _curve(group: Group, places: Places) -> list[Point]:
+    """Validation accuracy by epoch, over the runs that know it and their places.
 
     The place is the mean over the runs, so that epochs stay together.
     """
@@ -202,10 +198,10 @@ def _curve(group: Group, places: Places) -> list[tuple[float, float, float, floa
         for row, place in zip(run.rows, places(run.rows), strict=False):
             if row.val_top1_percent is not None:
                 values.setdefault(row.epoch, []).append((place, row.val_top1_percent))
-    found = []
+    found: list[Point] = []
     for epoch in sorted(values):
         where, top1 = zip(*values[epoch], strict=True)
-        found.append((statistics.fmean(where), statistics.fmean(top1), min(top1), max(top1)))
+        found.append((statistics.fmean(where), statistics.fmean(top1), [*top1]))
     return found
 
 
@@ -219,59 +215,31 @@ def _front(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _name_points(
-    axes: Any,
-    members: Sequence[Group],
-    places: Sequence[tuple[float, float]],
-    styles: Sequence[dict[str, Any]],
+    axes: Any, names: Mapping[int, str], places: Mapping[int, tuple[float, float]]
 ) -> None:
     """Names in a column beside the panel, in the points' order, so that none covers another."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)  # as it is now: names are placed by it
     gap = 0.055  # of the panel's height, for 8 points of text
-    order = sorted(range(len(members)), key=lambda i: (places[i][1], -i))
-    heights = [(places[i][1] - low) / (high - low) for i in order]
-    for number in range(1, len(heights)):  # up from the lowest
-        heights[number] = max(heights[number], heights[number - 1] + gap)
+    order = sorted(places, key=lambda number: (places[number][1], -number))
+    heights = [(places[number][1] - low) / (high - low) for number in order]
+    for turn in range(1, len(heights)):  # up from the lowest
+        heights[turn] = max(heights[turn], heights[turn - 1] + gap)
     ceiling = 1.0
-    for number in reversed(range(len(heights))):  # and down again from the top
-        heights[number] = min(heights[number], ceiling)
-        ceiling = heights[number] - gap
+    for turn in reversed(range(len(heights))):  # and down again from the top
+        heights[turn] = min(heights[turn], ceiling)
+        ceiling = heights[turn] - gap
     line = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6}
     line |= {"shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
-    for i, height in zip(order, heights, strict=True):
+    for number, height in zip(order, heights, strict=True):
         axes.annotate(
-            _short(members[i].label),
-            xy=places[i],
+            names[number],
+            xy=places[number],
             xytext=(1.03, height),
             textcoords="axes fraction",
             fontsize=8,
             va="center",
-            color=styles[i]["color"],
+            color=_colour(number),
             annotation_clip=False,
-            arrowprops=line | {"color": styles[i]["color"]},
+            arrowprops=line | {"color": _colour(number)},
         )
-
-
-def _seconds(group: Group) -> float | None:
-    """Training time; an evaluation's seconds are something else."""
-    return group.mean("seconds") if group.record.kind == "train" else None
-
-
-COSTS: dict[str, Cost] = {
-    "accuracy_seconds.png": ("Seconds of training", _seconds),
-    "accuracy_params.png": ("Parameters", lambda group: group.record.params),
-    "accuracy_memory.png": ("Peak memory (MiB)", lambda group: group.peak("peak_memory_mib")),
-}
-
-
-def _style(index: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
-    }
-
-
-def _short(label: str) -> str:
-    """The end of a long name is a setting or a folder and tells it from others."""
-    return literal(label, 20, 40)

@@ -24,6 +24,7 @@ from typing import Any
 
 from timm_xformers.errors import UsageError, nearest
 from timm_xformers.recipe import Recipe, load_recipe, override, read_settings
+from timm_xformers.studies.comparing.groups import Metric
 
 __all__ = ["Arm", "PlannedRun", "Study", "load_study"]
 
@@ -104,7 +105,7 @@ class Study:
     runs: list[PlannedRun]
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> Metric:
         """Whose accuracy is compared: ``test``, or ``val`` if the test set is not read."""
         return "val" if self.recipe.test_split == "none" else "test"
 

@@ -8,18 +8,25 @@ from typing import Any
 
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import write_text
-from timm_xformers.files.tables import cell_text, csv_text, markdown_table
+from timm_xformers.files.tables import cell_text, column_table, csv_text, figure
 from timm_xformers.recipe import NO_INFLUENCE, Recipe
-from timm_xformers.records.find_runs import Run
-from timm_xformers.studies.comparing.groups import Estimate, Group, Metric, difference
-from timm_xformers.studies.comparing.report_plots import PLOTS, Cost, picture_names, plot_report
+from timm_xformers.studies.comparing.groups import (
+    METRICS,
+    Estimate,
+    Group,
+    Metric,
+    difference,
+    interval_text,
+    mean_text,
+    tally,
+)
+from timm_xformers.studies.comparing.report_plots import Cost, picture_titles, plot_report
 from timm_xformers.studies.running.costs import read_costs
-from timm_xformers.studies.running.definition import PlannedRun, Study
+from timm_xformers.studies.running.definition import Study
 from timm_xformers.studies.running.folder import StudyFolder
 
 __all__ = ["page_files", "write_page"]
 
-NAMES = {"test": "test", "val": "validation"}
 # Costs that pictures show: file, label of the axis, column of `Row.costs`.
 COSTS = (
     ("accuracy_training.png", "Training: milliseconds an image", "train_ms"),
@@ -68,8 +75,7 @@ def write_page(study: Study, root: Path, page: Path) -> list[str]:
     """
     if page.suffix != ".md":
         raise UsageError(f"{page} is no name for a page; end it in .md.")
-    others = StudyFolder(root).finished(study)[1]
-    rows = _rows(study, root)
+    content = _Page(study, root, page)
     assets = page.with_suffix("")
     try:
         assets.mkdir(parents=True, exist_ok=True)
@@ -77,86 +83,206 @@ def write_page(study: Study, root: Path, page: Path) -> list[str]:
         raise UserError(
             f"Cannot create {assets}: {error.strerror}; choose another page."
         ) from error
-    pictures = [file for file, _, _ in COSTS] + list(PLOTS)
-    for name in pictures:  # of an earlier page
-        (assets / name).unlink(missing_ok=True)
-    plot_report(assets, _groups(rows), _metric(study), _drawn_costs(rows))
-    for path, text in page_files(study, root, page).items():
+    plot_report(assets, content.groups, study.metric, content.drawn_costs())
+    for path, text in content.files().items():
         write_text(path, text)
-    return others
+    return content.others
 
 
-def page_files(study: Study, root: Path, page: Path, base: Path | None = None) -> dict[Path, str]:
-    """The page and its table as text, by file.
+def page_files(study: Study, root: Path, page: Path, base: Path) -> dict[Path, str]:
+    """The page and its table as text, by file, as `write_page` writes them.
 
     Args:
         study: What was compared.
         root: Folder of the study.
         page: The Markdown file.
-        base: Folder that paths on the page start from; None: the present one.
-
-    Raises:
-        UserError: There is no record yet, or the records do not fit the file.
+        base: Folder that paths on the page start from.
     """
-    rows = _rows(study, root)
-    where = {
-        name: Path(os.path.relpath(path, base)).as_posix()
-        for name, path in (("file", study.source), ("root", root), ("page", page))
-    }
-    assets = page.with_suffix("")
-    pictures = picture_names(_groups(rows), _metric(study), _drawn_costs(rows))
-    text = _markdown(study, rows, read_costs(StudyFolder(root), study), pictures, where)
-    return {page: text, assets / "table.csv": csv_text(map(_csv_row, rows))}
+    return _Page(study, root, page, base).files()
 
 
-def _metric(study: Study) -> Metric:
-    return "val" if study.metric == "val" else "test"
+class _Page:
+    """What `write_page` takes, and what the folder of the study holds of it."""
 
-
-def _rows(study: Study, root: Path) -> list[Row]:
-    folder = StudyFolder(root)
-    finished, _ = folder.finished(study)
-    if not finished:
-        raise UserError(
-            f"There is no record of {study.source} in {folder.records} yet; train first, or name "
-            "the folder by --output."
+    def __init__(self, study: Study, root: Path, page: Path, base: Path | None = None) -> None:
+        folder = StudyFolder(root)
+        finished, self.others = folder.finished(study)
+        if not finished:
+            raise UserError(
+                f"There is no record of {study.source} in {folder.records} yet; train first, or "
+                "name the folder by --output."
+            )
+        self.study, self.path = study, page
+        self.file, self.root, self.page = (
+            Path(os.path.relpath(path, base)).as_posix() for path in (study.source, root, page)
         )
-    costs = read_costs(folder, study)
-    rows = []
-    for data in study.data:
-        groups = {}
-        for arm in study.arms:
-            runs = [run for run in _planned(study, arm.name, data) if run.key in finished]
-            found: tuple[Run, ...] = tuple(finished[run.key] for run in runs)
-            groups[arm.name] = Group(arm.name, found) if found else None
-        reference = groups[study.baseline]
-        measured = costs.get("data", {}).get(data, {})
-        for name, group in groups.items():
-            gap = None
-            if group is not None and reference is not None and name != study.baseline:
-                gap = difference(group, reference, _metric(study))
-            missing = [run.seed for run in _planned(study, name, data) if run.key not in finished]
-            costs_of = _costs_of(group, measured.get("arms", {}), name, study.baseline)
-            rows.append(Row(name, data, group, missing, gap, costs_of))
-    return rows
+        self.costs = read_costs(folder, study)
+        self.rows: list[Row] = []
+        for data in study.data:
+            measured = self.costs.get("data", {}).get(data, {}).get("arms", {})
+            groups: dict[str, Group | None] = {}
+            missing: dict[str, list[int]] = {}
+            for arm in study.arms:
+                runs = [run for run in study.runs if (run.arm, run.data) == (arm.name, data)]
+                found = tuple(finished[run.key] for run in runs if run.key in finished)
+                groups[arm.name] = Group(arm.name, found) if found else None
+                missing[arm.name] = [run.seed for run in runs if run.key not in finished]
+            reference = groups[study.baseline]
+            for name, group in groups.items():
+                gap = None
+                if group is not None and reference is not None and name != study.baseline:
+                    gap = difference(group, reference, study.metric)
+                costs = _costs_of(group, measured.get(name, {}), measured.get(study.baseline, {}))
+                self.rows.append(Row(name, data, group, missing[name], gap, costs))
+        self.groups = [row.group for row in self.rows if row.group is not None]
 
+    def drawn_costs(self) -> dict[str, Cost]:
+        """What pictures show of `COSTS`."""
+        return {
+            file: Cost(
+                f"Accuracy against: {label[0].lower()}{label[1:]}",
+                label,
+                [row.costs.get(name) for row in self.rows if row.group is not None],
+            )
+            for file, label, name in COSTS
+        }
 
-def _planned(study: Study, arm: str, data: str) -> list[PlannedRun]:
-    return [run for run in study.runs if (run.arm, run.data) == (arm, data)]
+    def files(self) -> dict[Path, str]:
+        """The page and its table."""
+        table = self.path.with_suffix("") / "table.csv"
+        return {self.path: self._markdown(), table: csv_text(map(_csv_row, self.rows))}
+
+    def _markdown(self) -> str:
+        study = self.study
+        done = sum(len(group.runs) for group in self.groups)
+        lines = [f"<!-- Written by `timm-xformers study {self.file} --report`. -->", ""]
+        lines += [f"# {study.title}", "", study.question, "", "## Protocol", ""]
+        lines += [study.protocol, "", *self._protocol()]
+        lines += ["", "## Results", ""]
+        if done < len(study.runs):
+            lines += [f"**Not complete: {done} of {len(study.runs)} runs are finished.**", ""]
+        for data in study.data:
+            mine = [row for row in self.rows if row.data == data]
+            if len(study.data) > 1:
+                lines += [f"### {data}", ""]
+            lines += [*_table(study, mine), "", *_findings(study, mine), ""]
+        lines += self._reading()
+        for name, title in picture_titles(self.groups, study.metric, self.drawn_costs()).items():
+            lines += ["", f"![{title}]({Path(self.page).stem}/{name})"]
+        if study.conclusions:
+            lines += ["", "## Conclusions", "", study.conclusions]
+        lines += ["", "## Records", "", *self._provenance()]
+        single = [line for at, line in enumerate(lines) if line or (at and lines[at - 1])]
+        return "\n".join(single).rstrip() + "\n"
+
+    def _protocol(self) -> list[str]:
+        study, recipe = self.study, self.study.recipe
+        budget = f"{recipe.epochs} epochs, the same updates for all"
+        if recipe.max_steps:
+            budget = f"{recipe.max_steps:,} updates for each"
+        if recipe.max_seconds:
+            budget = f"{recipe.max_seconds:,.0f} processor seconds of training for each"
+        lines = [
+            f"- {len(study.arms)} arms x {len(study.seeds)} "
+            f"seed{'s' if len(study.seeds) > 1 else ''} ({cell_text(study.seeds)})"
+            + (f" x {len(study.data)} data sets" if len(study.data) > 1 else "")
+            + f", compared with `{study.baseline}`. Budget: {budget}."
+        ]
+        for data in study.data:
+            record = next(
+                (group.record for group in self.groups if group.record.data == data), None
+            )
+            if record is None:
+                continue
+            split = f"{data}: {record.img_size} x {record.img_size} pixels"
+            if record.val_images:
+                split += f"; {record.val_images:,} validation images chose the epoch of each run"
+            if record.test_images:
+                split += f"; {record.test_images:,} test images were read once per run"
+            lines.append(f"- {split}.")
+        plain = dataclasses.asdict(Recipe())
+        changed = {
+            name: value
+            for name, value in dataclasses.asdict(recipe).items()
+            if value != plain[name] and name not in (*NO_INFLUENCE, "model", "data")
+        }
+        words = ", ".join(f"`{name}: {cell_text(value)}`" for name, value in changed.items())
+        lines.append(
+            f"- Settings that are not the default: {words or 'none'}. All are in `{self.file}`."
+        )
+        return lines
+
+    def _reading(self) -> list[str]:
+        costs = self.costs
+        lines = [
+            "Accuracies are means over the seeds ± standard deviation (n − 1). Intervals marked "
+            "*t* are Student's, over seeds; *W*, of one seed, is Wilson's over the choice of "
+            "images, and *N* Newcombe's of a difference. Differences are taken seed by seed, in "
+            "points. In the plots a dashed line joins the arms that no other beats in both cost "
+            "and mean accuracy (Pareto's front)."
+        ]
+        if not costs:
+            return [*lines, "Speed and memory have not been measured."]
+        for data, entry in costs["data"].items():
+            effort = costs["effort"]
+            hardware = costs["hardware"]
+            device = hardware.get("gpu") or f"{costs['threads']} thread of {hardware['cpu']}"
+            lines.append(
+                f"Speed on {data}: batches of {entry['batch_size']} images of "
+                f"{entry['img_size']} pixels, {entry['dtype']}, {entry['mode']}, on {device}, by "
+                f"the {entry['clock']} clock, in at most {effort['rounds']} shuffled rounds: the "
+                "baseline's median, and for the others that times the median of the rounds' "
+                "ratios, which is in brackets. A training step is forward, backward and AdamW; "
+                "memory is of that step, in a process of its own."
+            )
+        unsteady = [
+            f"`{row.arm}` ({kind})"
+            for row in self.rows
+            for kind, name in (("training", "train"), ("inference", "infer"))
+            if row.costs.get(f"{name}_steady") is False
+        ]
+        if unsteady:
+            lines.append(f"**Mind:** the rounds were not steady for {', '.join(unsteady)}.")
+        return ["\n\n".join(lines)]
+
+    def _provenance(self) -> list[str]:
+        records = [run.record for group in self.groups for run in group.runs]
+        costs = self.costs
+        lines = [
+            f"Every figure above is computed from the records in `{self.root}/records`"
+            + (f" and `{self.root}/costs.json`" if costs else "")
+            + f". With all digits they are in [table.csv]({Path(self.page).stem}/table.csv). To "
+            "make the page again, and to train what is missing:",
+            "",
+            "```bash",
+            f"timm-xformers study {self.file} --output {self.root} --report {self.page}",
+            f"timm-xformers study {self.file} --output {self.root} --data-dir FOLDER",
+            "```",
+            "",
+        ]
+        for what in ("versions", "hardware"):
+            facts = tally([getattr(record, what) for record in records])
+            words = ", ".join(f"{name} {' and '.join(seen)}" for name, seen in facts.items())
+            lines.append(f"- {what.capitalize()} of the runs: {words}.")
+        commits = sorted({(record.commit or "unknown")[:8] for record in records})
+        lines.append(f"- Code: {', '.join(commits)}.")
+        if costs:
+            lines.append(
+                f"- Costs: measured {costs['created']}, code {(costs['commit'] or '?')[:8]}."
+            )
+        return lines
 
 
 def _costs_of(
-    group: Group | None, measured: Mapping[str, Any], name: str, base: str
+    group: Group | None, own: Mapping[str, Any], reference: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Costs of an arm; its speed is the baseline's times the paired ratio, the steadier figure.
 
     Args:
         group: Its finished runs.
-        measured: What `read_costs` has of all arms on this data.
-        name: The arm.
-        base: The baseline.
+        own: What `read_costs` has of it on this data.
+        reference: The same of the baseline.
     """
-    own, reference = measured.get(name, {}), measured.get(base, {})
     found = {key: own[key] for key in ("params", "gmacs", "peak_mib") if key in own}
     for kind in ("train", "infer"):
         if f"{kind}_ratio" in own and f"{kind}_img_s" in reference:
@@ -173,144 +299,33 @@ def _costs_of(
     return found
 
 
-def _groups(rows: Sequence[Row]) -> list[Group]:
-    return [row.group for row in rows if row.group is not None]
-
-
-def _drawn_costs(rows: Sequence[Row]) -> dict[str, Cost]:
-    def column(name: str) -> Callable[[Group], float | None]:
-        by_group = {id(row.group): row.costs.get(name) for row in rows}
-        return lambda group: by_group.get(id(group))
-
-    return {file: (label, column(name)) for file, label, name in COSTS}
-
-
-def _markdown(
-    study: Study,
-    rows: Sequence[Row],
-    costs: Mapping[str, Any],
-    pictures: Sequence[str],
-    where: Mapping[str, str],
-) -> str:
-    done = sum(len(row.group.runs) for row in rows if row.group is not None)
-    lines = [f"<!-- Written by `timm-xformers study {where['file']} --report`. -->", ""]
-    lines += [f"# {study.title}", "", study.question, "", "## Protocol", ""]
-    lines += [study.protocol, "", *_protocol(study, rows, where)]
-    lines += ["", "## Results", ""]
-    if done < len(study.runs):
-        lines += [f"**Not complete: {done} of {len(study.runs)} runs are finished.**", ""]
-    for data in study.data:
-        mine = [row for row in rows if row.data == data]
-        if len(study.data) > 1:
-            lines += [f"### {data}", ""]
-        lines += [*_table(study, mine), "", *_findings(study, mine), ""]
-    lines += _reading(study, rows, costs)
-    titles = {file: f"Accuracy against: {label[0].lower()}{label[1:]}" for file, label, _ in COSTS}
-    folder = Path(where["page"]).stem
-    for name in pictures:
-        title = (titles | {n: t for n, t in PLOTS.items() if n not in titles})[name]
-        lines += ["", f"![{title}]({folder}/{name})"]
-    if study.conclusions:
-        lines += ["", "## Conclusions", "", study.conclusions]
-    lines += ["", "## Records", "", *_provenance(study, rows, costs, where)]
-    return "\n".join(line for line in _single_blanks(lines)).rstrip() + "\n"
-
-
-def _single_blanks(lines: Sequence[str]) -> list[str]:
-    return [line for at, line in enumerate(lines) if line or (at and lines[at - 1])]
-
-
-def _protocol(study: Study, rows: Sequence[Row], where: Mapping[str, str]) -> list[str]:
-    recipe = study.recipe
-    budget = f"{recipe.epochs} epochs, the same updates for all"
-    if recipe.max_steps:
-        budget = f"{recipe.max_steps:,} updates for each"
-    if recipe.max_seconds:
-        budget = f"{recipe.max_seconds:,.0f} processor seconds of training for each"
-    lines = [
-        f"- {len(study.arms)} arms x {len(study.seeds)} "
-        f"seed{'s' if len(study.seeds) > 1 else ''} ({cell_text(study.seeds)})"
-        + (f" x {len(study.data)} data sets" if len(study.data) > 1 else "")
-        + f", compared with `{study.baseline}`. Budget: {budget}."
-    ]
-    for data in study.data:
-        record = next((row.group.record for row in rows if row.data == data and row.group), None)
-        if record is None:
-            continue
-        split = f"{data}: {record.img_size} x {record.img_size} pixels"
-        if record.val_images:
-            split += f"; {record.val_images:,} validation images chose the epoch of each run"
-        if record.test_images:
-            split += f"; {record.test_images:,} test images were read once per run"
-        lines.append(f"- {split}.")
-    plain = dataclasses.asdict(Recipe())
-    changed = {
-        name: value
-        for name, value in dataclasses.asdict(recipe).items()
-        if value != plain[name] and name not in (*NO_INFLUENCE, "model", "data")
-    }
-    words = ", ".join(f"`{name}: {cell_text(value)}`" for name, value in changed.items())
-    lines.append(
-        f"- Settings that are not the default: {words or 'none'}. All are in `{where['file']}`."
-    )
-    return lines
-
-
 def _table(study: Study, rows: Sequence[Row]) -> list[str]:
-    metric = _metric(study)
-    heads = {
-        "arm": lambda row: f"`{row.arm}`" + (" (baseline)" if row.arm == study.baseline else ""),
+    metric, baseline = study.metric, study.baseline
+    columns: dict[str, Callable[[Row], Any]] = {
+        "arm": lambda row: f"`{row.arm}`" + (" (baseline)" if row.arm == baseline else ""),
         "seeds": _seeds,
-        f"{NAMES[metric]} top-1 %": lambda row: _mean(row.group and row.group.top1(metric)),
-        "95 %": lambda row: _interval(row.group and row.group.top1(metric)),
-        f"above `{study.baseline}`": lambda row: _gap(row.gap),
-        "95 % ": lambda row: _interval(row.gap, signed=True),
-        "parameters": lambda row: _figure(row.costs.get("params"), 0),
-        "GMACs": lambda row: _figure(row.costs.get("gmacs"), 4),
+        f"{METRICS[metric]} top-1 %": lambda row: mean_text(_top1(row, metric)) or "missing",
+        "95 %": lambda row: interval_text(_top1(row, metric)),
+        f"above `{baseline}`": lambda row: mean_text(row.gap, "+"),
+        "95 % ": lambda row: interval_text(row.gap, "+"),
+        "parameters": lambda row: figure(row.costs.get("params"), 0),
+        "GMACs": lambda row: figure(row.costs.get("gmacs"), 4),
         "training, images/s": lambda row: _speed(row, "train"),
         "inference, images/s": lambda row: _speed(row, "infer"),
-        "peak MiB": lambda row: _figure(row.costs.get("peak_mib"), 0),
-        "processor s": lambda row: _figure(row.costs.get("cpu_seconds"), 0),
+        "peak MiB": lambda row: figure(row.costs.get("peak_mib"), 0),
+        "processor s": lambda row: figure(row.costs.get("cpu_seconds"), 0),
     }
-    cells: dict[str, list[str]] = {
-        name: [str(cell(row) or "") for row in rows]  # type: ignore[no-untyped-call]
-        for name, cell in heads.items()
-    }
-    cells = {name: column for name, column in cells.items() if any(column)}
-    return markdown_table(
-        [name.strip() for name in cells],
-        [[cell or "-" for cell in row] for row in zip(*cells.values(), strict=True)],
-        "llr",
-    )
+    return column_table(columns, rows, "llr")
+
+
+def _top1(row: Row, metric: Metric) -> Estimate | None:
+    return None if row.group is None else row.group.top1(metric)
 
 
 def _seeds(row: Row) -> str:
     there = cell_text(row.group.seeds) if row.group is not None else ""
     gone = f"{cell_text(row.missing)} missing" if row.missing else ""
     return ", ".join(filter(None, (there, gone)))
-
-
-def _mean(top1: Estimate | None) -> str:
-    if top1 is None:
-        return "missing"
-    return f"{top1.mean:.2f}" + ("" if top1.deviation is None else f" ± {top1.deviation:.2f}")
-
-
-def _gap(gap: Estimate | None) -> str:
-    if gap is None:
-        return ""
-    return f"{gap.mean:+.2f}" + ("" if gap.deviation is None else f" ± {gap.deviation:.2f}")
-
-
-def _interval(found: Estimate | None, *, signed: bool = False) -> str:
-    if found is None:
-        return ""
-    sign = "+" if signed else ""
-    return f"{found.low:{sign}.2f} to {found.high:{sign}.2f} *{found.method[0]}*"
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
 
 
 def _speed(row: Row, kind: str) -> str:
@@ -359,83 +374,12 @@ def _findings(study: Study, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _reading(study: Study, rows: Sequence[Row], costs: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "Accuracies are means over the seeds ± standard deviation (n − 1). Intervals marked *t* "
-        "are Student's, over seeds; *W*, of one seed, is Wilson's over the choice of images, and "
-        "*N* Newcombe's of a difference. Differences are taken seed by seed, in points. In the "
-        "plots a dashed line joins the arms that no other beats in both cost and mean accuracy "
-        "(Pareto's front)."
-    ]
-    if not costs:
-        return [*lines, "Speed and memory have not been measured."]
-    for data, entry in costs["data"].items():
-        effort = costs["effort"]
-        hardware = costs["hardware"]
-        device = hardware.get("gpu") or f"{costs['threads']} thread of {hardware['cpu']}"
-        lines.append(
-            f"Speed on {data}: batches of {entry['batch_size']} images of {entry['img_size']} "
-            f"pixels, {entry['dtype']}, {entry['mode']}, on {device}, by the {entry['clock']} "
-            f"clock, in at most {effort['rounds']} shuffled rounds: the baseline's median, and for "
-            "the others that times the median of the rounds' ratios, which is in brackets. A "
-            "training step is forward, backward and AdamW; memory is of that step, in a process of "
-            "its own."
-        )
-    unsteady = [
-        f"`{row.arm}` ({kind})"
-        for row in rows
-        for kind, name in (("training", "train"), ("inference", "infer"))
-        if row.costs.get(f"{name}_steady") is False
-    ]
-    if unsteady:
-        lines.append(f"**Mind:** the rounds were not steady for {', '.join(unsteady)}.")
-    return ["\n\n".join(lines)]
-
-
-def _provenance(
-    study: Study, rows: Sequence[Row], costs: Mapping[str, Any], where: Mapping[str, str]
-) -> list[str]:
-    records = [run.record for group in _groups(rows) for run in group.runs]
-    lines = [
-        f"Every figure above is computed from the records in `{where['root']}/records`"
-        + (f" and `{where['root']}/costs.json`" if costs else "")
-        + f". With all digits they are in [table.csv]({Path(where['page']).stem}/table.csv). To "
-        "make the page again, and to train what is missing:",
-        "",
-        "```bash",
-        f"timm-xformers study {where['file']} --output {where['root']} --report {where['page']}",
-        f"timm-xformers study {where['file']} --output {where['root']} --data-dir FOLDER",
-        "```",
-        "",
-    ]
-    facts: list[dict[str, Any]] = []
-    for record in records:
-        facts.append({"hardware": record.hardware, "versions": record.versions})
-    for name in ("versions", "hardware"):
-        seen: dict[str, list[str]] = {}
-        for fact in facts:
-            for key, value in fact[name].items():
-                if str(value) not in seen.setdefault(key, []):
-                    seen[key].append(str(value))
-        lines.append(
-            f"- {name.capitalize()} of the runs: "
-            + ", ".join(f"{key} {' and '.join(values)}" for key, values in seen.items())
-            + "."
-        )
-    commits = sorted({(record.commit or "unknown")[:8] for record in records})
-    lines.append(f"- Code: {', '.join(commits)}.")
-    if costs:
-        lines.append(f"- Costs: measured {costs['created']}, code {(costs['commit'] or '?')[:8]}.")
-    return lines
-
-
 def _csv_row(row: Row) -> dict[str, Any]:
     """A line of table.csv, with all digits."""
     values: dict[str, Any] = {"data": row.data, "arm": row.arm}
     values |= {"seeds": row.group.seeds if row.group else [], "missing": row.missing}
-    for metric in ("test", "val"):
-        top1 = row.group.top1(metric) if row.group else None
-        values |= _csv_estimate(f"{metric}_top1", top1)
+    for metric in METRICS:
+        values |= _csv_estimate(f"{metric}_top1", _top1(row, metric))
     values |= _csv_estimate("above_baseline", row.gap)
     names = [name for _, _, name in COSTS] + ["train_img_s", "infer_img_s"]
     names += ["train_ratio", "infer_ratio"]
