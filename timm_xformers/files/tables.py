@@ -55,8 +55,8 @@ def column_table(
         for (head, cell), side in zip(columns.items(), sides, strict=True)
         if any(cells := [cell_text(cell(row)) for row in rows])
     ]
-    heads, kept, cells = zip(*shown, strict=True)
-    lines = [[text or "-" for text in row] for row in zip(*cells, strict=True)]
+    heads, kept, columns_of_cells = zip(*shown, strict=True)
+    lines = [[text or "-" for text in row] for row in zip(*columns_of_cells, strict=True)]
     return markdown_table(heads, lines, "".join(kept))
 
 
