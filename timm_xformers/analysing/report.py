@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_xformers.files.figures import COLOURS, MARKERS, literal, new_figure, save
-from timm_xformers.files.tables import markdown_table, text_table, write_csv
+from timm_xformers.files.tables import figure, markdown_table, text_table, write_csv
 
 __all__ = ["ORIGINAL", "markdown", "plot", "tables", "write_tables"]
 
@@ -36,18 +36,31 @@ def markdown(result: dict[str, Any]) -> str:
 def write_tables(output: Path, result: dict[str, Any]) -> None:
     """blocks.csv and models.csv, all figures in full."""
     write_csv(output / "blocks.csv", result["blocks"])
-    found = [*result["whole"], *([result["proposal"]] if "proposal" in result else [])]
-    columns = list(result["whole"][0])
-    speed = [*result["speed"], *result.get("proposal", {}).get("speed", [])]
-    rows = []
-    for size in result["time"]["img_sizes"]:
-        at = {row["mechanism"]: row for row in speed if row["img_size"] == size}
-        for entry in found:
-            loss = {name: entry[name] for name in columns}
-            rows.append(loss | {"img_size": size} | at.get(entry["mechanism"], {}))
+    rows = [
+        {name: entry[name] for name in result["whole"][0]}
+        | {"img_size": size}
+        | _speed(result, size).get(entry["mechanism"], {})
+        for size in result["time"]["img_sizes"]
+        for entry in _entries(result)
+    ]
     write_csv(
         output / "models.csv", rows, list(dict.fromkeys(name for row in rows for name in row))
     )
+
+
+def _entries(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Losses of the whole model: as it is, with each mechanism, and as proposed."""
+    return [*result["whole"], *([result["proposal"]] if "proposal" in result else [])]
+
+
+def _speed(result: dict[str, Any], size: int) -> dict[str, dict[str, Any]]:
+    """Time and memory of the same at a size, by name; what failed is not there."""
+    rows = [*result["speed"], *result.get("proposal", {}).get("speed", [])]
+    return {row["mechanism"]: row for row in rows if row["img_size"] == size}
+
+
+def _mechanisms(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["mechanism"] for row in result["blocks"]))
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -61,19 +74,22 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _whole(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    entries = list(result["whole"])
-    speed = list(result["speed"])
-    if "proposal" in result:
-        entries.append(result["proposal"])
-        speed += result["proposal"]["speed"]
     sizes = result["time"]["img_sizes"]
     rows = []
-    for entry in entries:
-        name = entry["mechanism"]
-        at = {row["img_size"]: row for row in speed if row["mechanism"] == name}
-        times = [_times(at.get(size)) for size in sizes]
-        peak = at.get(sizes[-1], {}).get("peak_mib")
-        rows.append([*_loss(entry), *times, "" if peak is None else f"{peak:,.0f}"])
+    for entry in _entries(result):
+        at = [_speed(result, size).get(entry["mechanism"]) for size in sizes]
+        peak = (at[-1] or {}).get("peak_mib")
+        rows.append(
+            [
+                entry["mechanism"],
+                f"{100 * entry['feature_error']:.1f} %",
+                f"{entry['kl_nats']:.4f}",
+                f"{entry['agreement_percent']:.1f}",
+                f"{entry['top1_percent']:.1f}",
+                *map(_times, at),
+                figure(peak, 0),
+            ]
+        )
     return [*WHOLE_HEADS, *(f"× at {size}" for size in sizes), "MiB"], rows
 
 
@@ -88,16 +104,6 @@ def _times(row: dict[str, Any] | None) -> str:
     return f"{text} void" if row["void"] else text
 
 
-def _loss(entry: dict[str, Any]) -> list[str]:
-    return [
-        entry["mechanism"],
-        f"{100 * entry['feature_error']:.1f} %",
-        f"{entry['kl_nats']:.4f}",
-        f"{entry['agreement_percent']:.1f}",
-        f"{entry['top1_percent']:.1f}",
-    ]
-
-
 def _block_title(result: dict[str, Any]) -> str:
     return (
         "One block replaced alone: KL of the whole model's classes in nats, and in brackets by how "
@@ -106,7 +112,7 @@ def _block_title(result: dict[str, Any]) -> str:
 
 
 def _blocks(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    names = list(dict.fromkeys(row["mechanism"] for row in result["blocks"]))
+    names = _mechanisms(result)
     by_block: dict[int, dict[str, Any]] = {}
     for row in result["blocks"]:
         by_block.setdefault(row["block"], {})[row["mechanism"]] = row
@@ -121,17 +127,17 @@ def _blocks(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _words(result: dict[str, Any]) -> list[str]:
-    names = list(dict.fromkeys(row["mechanism"] for row in result["blocks"]))
     lines = []
-    for name in names:
+    for name in _mechanisms(result):
         mine = [row for row in result["blocks"] if row["mechanism"] == name]
         worst = sorted(mine, key=lambda row: row["kl_nats"], reverse=True)[:3]
-        lines.append(f"Hurt most alone by {name}: blocks {_list(row['block'] for row in worst)}.")
+        numbers = ", ".join(str(row["block"]) for row in worst)
+        lines.append(f"Hurt most alone by {name}: blocks {numbers}.")
     lines += [f"Block {number} is kept: it {why}." for number, why in result["kept"].items()]
     if result["feature_images"] < result["images"]:
         lines.append(f"Features are of the first {result['feature_images']} images.")
-    speed = [*result["speed"], *result.get("proposal", {}).get("speed", [])]
-    if any(row["void"] for row in speed):
+    sizes = result["time"]["img_sizes"]
+    if any(row["void"] for size in sizes for row in _speed(result, size).values()):
         lines.append(
             "void: the original's times were not steady (quartiles further than 10 % from the "
             "median); measure again on a quieter machine, or with more --rounds."
@@ -142,9 +148,11 @@ def _words(result: dict[str, Any]) -> list[str]:
     gain = found["measured_gain"]
     what = "as fast" if not found["budget"].startswith("memory") else "less memory"
     seen = "not measured" if gain is None else f"{gain:.2f} times {what}"
+    blocks = ", ".join(f"{name} in {numbers}" for numbers, name in found["blocks"].items())
+    blocks = f"{blocks}; the others stay" if blocks else "nothing replaced"
     lines.append(
         f"Proposal for {found['budget']} at {found['img_size']} pixels, of "
-        f"{found['sets_tried']} sets of blocks that were run: {_mapping(found['blocks'])}. "
+        f"{found['sets_tried']} sets of blocks that were run: {blocks}. "
         f"Measured: {seen}, where {found['expected_gain']:.2f} was expected; it agrees on "
         f"{found['agreement_percent']:.1f} % of the images."
     )
@@ -156,28 +164,19 @@ def _words(result: dict[str, Any]) -> list[str]:
     return [*lines, "To put it in and repair it:", f"  {found['command']}"]
 
 
-def _list(numbers: Any) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _mapping(blocks: dict[str, str]) -> str:
-    words = ", ".join(f"{name} in {numbers}" for numbers, name in blocks.items())
-    return f"{words}; the others stay" if words else "nothing replaced"
-
-
 def plot(path: Path, result: dict[str, Any]) -> None:
     """Divergence against speed, and divergence of each block alone as a heat map."""
     from matplotlib.colors import LogNorm
 
-    names = list(dict.fromkeys(row["mechanism"] for row in result["blocks"]))
+    names = _mechanisms(result)
     numbers = list(dict.fromkeys(row["block"] for row in result["blocks"]))
-    figure = new_figure(6.0 + 0.95 * len(names) + 2.5, max(4.4, 1.6 + 0.3 * len(numbers)))
-    left, right = figure.subplots(1, 2, width_ratios=[5, 1.2 + 0.95 * len(names)])
+    picture = new_figure(6.0 + 0.95 * len(names) + 2.5, max(4.4, 1.6 + 0.3 * len(numbers)))
+    left, right = picture.subplots(1, 2, width_ratios=[5, 1.2 + 0.95 * len(names)])
     _scatter(left, result, names)
     alone = {(row["block"], row["mechanism"]): row["kl_nats"] for row in result["blocks"]}
     values = [[max(alone[number, name], LEAST_KL) for name in names] for number in numbers]
     lowest, highest = min(map(min, values)), max(map(max, values))
-    picture = right.imshow(
+    heat = right.imshow(
         values, cmap="YlOrRd", norm=LogNorm(lowest, max(highest, 1.01 * lowest)), aspect="auto"
     )
     for row, own in enumerate(values):
@@ -190,24 +189,20 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     right.set_yticks(range(len(numbers)), [str(number) for number in numbers])
     right.set_ylabel("Block")
     right.set_title("One block replaced alone", fontsize=10)
-    figure.colorbar(picture, ax=right, label="KL of predicted classes (nats)")
-    figure.suptitle(
+    picture.colorbar(heat, ax=right, label="KL of predicted classes (nats)")
+    picture.suptitle(
         f"{literal(result['model'], 30, 30)}, {result['images']} {result['split']} images of "
         f"{literal(result['data'])}, nothing trained",
         fontsize=10,
     )
-    save(figure, path)
+    save(picture, path)
 
 
 def _scatter(axes: Any, result: dict[str, Any], names: list[str]) -> None:
     size = result["time"]["img_sizes"][-1]
-    entries = {entry["mechanism"]: entry for entry in result["whole"]}
-    speed = list(result["speed"])
+    entries = {entry["mechanism"]: entry for entry in _entries(result)}
     proposal = result.get("proposal")
-    if proposal is not None:
-        entries["proposal"] = proposal
-        speed += proposal["speed"]
-    at = {row["mechanism"]: row for row in speed if row["img_size"] == size}
+    at = _speed(result, size)
     for place, name in enumerate([*names, "proposal"]):
         if name not in at or name not in entries:
             continue

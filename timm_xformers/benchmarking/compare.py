@@ -107,12 +107,12 @@ def rows_of(
     baseline: str,
     size: int,
 ) -> list[Row]:
-    """Rows of a point, contender by contender, clock by clock.
+    """Rows of a point, contender by contender, clock by clock; what has no seconds has no row.
 
     Args:
         point: Where.
-        contenders: In the order of the rows; those without seconds are left out.
-        found: ``seconds``, ``params`` and ``compile_seconds`` by label, see `worker`.
+        contenders: In the order of the rows.
+        found: What `worker.measure_time` gave.
         baseline: Label of the contender to compare with.
         size: See `Row`.
     """

@@ -20,12 +20,7 @@ __all__ = ["build_contender", "build_sized", "square_grid"]
 
 
 def build_contender(contender: Contender, point: Point, seed: int) -> tuple[nn.Module, Tensor]:
-    """Make a contender and its input on the device of the point.
-
-    Args:
-        contender: What; its mode is the caller's to see to.
-        point: Where.
-        seed: Of weights and input.
+    """Make a contender and its input on the point's device; its mode is the caller's to see to.
 
     Returns:
         The module, a layer in the point's type or a model in float32, and tokens (B, N, C) or

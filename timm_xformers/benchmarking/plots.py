@@ -16,11 +16,6 @@ __all__ = ["plot_benchmark"]
 def plot_benchmark(output: Path, rows: Sequence[Row], baseline: Contender) -> list[str]:
     """Draw time and memory, one picture per precision, threads and allocator, a panel per pass.
 
-    Args:
-        output: Folder.
-        rows: The measurements.
-        baseline: Drawn in black.
-
     Returns:
         Names of the files written.
     """

@@ -185,21 +185,12 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """Where contenders meet: one set of rounds.
+    """Where contenders meet: one set of rounds. Fields are as in `Settings`, but one of each.
 
     Attributes:
-        kind: ``layer`` or ``model``.
-        shape: Name of the shape; empty for models.
-        dim: Token width C, 0 for models.
-        num_heads: Heads H, 0 for models.
-        head_dim: Width D of a head, 0 for models.
+        kind: ``layer`` or ``model``; models have no shape.
         size: Tokens of a layer; side of a model's input, or 0 for its own.
-        batch_size: Sequences or images.
         task: One of `PASSES`.
-        dtype: One of `DTYPES`.
-        device: ``cpu`` or ``cuda``.
-        threads: Of the process.
-        allocator: One of `ALLOCATORS`.
     """
 
     kind: str

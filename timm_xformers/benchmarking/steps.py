@@ -21,11 +21,7 @@ def make_step(
     * ``backward``: forward, and gradients of all weights, of a layer's tokens too.
     * ``train``: forward, cross-entropy, backward and an update by AdamW.
 
-    Args:
-        module: The contender, in the mode of the pass; compiled or not.
-        parameters: Its weights.
-        x: Its input.
-        point: Names the pass and the type.
+    Autocast has the point's type. The module is in the mode of the pass.
     """
     if point.task == "forward":
 

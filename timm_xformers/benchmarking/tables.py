@@ -94,12 +94,7 @@ def title_of(point: Point) -> str:
 
 
 def markdown(result: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The benchmark as text.
-
-    Args:
-        result: What benchmark.json holds.
-        rows: The measurements.
-    """
+    """The benchmark as text, from what benchmark.json holds and its rows."""
     baseline = result["baseline"]
     how = HOW.format(min_ms=result["settings"]["min_ms"], baseline=baseline)
     lines = ["# Speed and memory of attention", "", how]

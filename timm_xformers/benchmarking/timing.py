@@ -67,16 +67,11 @@ class GpuStopwatch:
 
 
 def warm_up(step: Callable[[], None], watch: Stopwatch, min_seconds: float) -> tuple[int, float]:
-    """Call a contender twice.
-
-    Args:
-        step: The contender.
-        watch: Its wall clock counts.
-        min_seconds: What a round's calls of it should fill.
+    """Call a contender twice, by the wall clock.
 
     Returns:
-        Calls that fill it, judged by the second one, and by how many seconds the first took longer
-        than the second.
+        Calls that fill ``min_seconds``, judged by the second one, and by how many seconds the first
+        took longer than the second.
     """
     cold = watch.measure(step, 1)["wall"]
     warm = watch.measure(step, 1)["wall"]
@@ -92,15 +87,9 @@ def run_rounds(
     limit_seconds: float,
     seed: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """Measure warm contenders.
+    """Measure warm contenders, each called ``repeats`` times in a round.
 
-    Args:
-        steps: Contenders by name.
-        repeats: Calls of each in a round.
-        watch: How time is taken.
-        rounds: At most so many.
-        limit_seconds: No round begins after so long, once there are `FEWEST_ROUNDS`.
-        seed: Of the order.
+    No round begins after ``limit_seconds``, once there are `FEWEST_ROUNDS`.
 
     Returns:
         Seconds per call of every round, by contender, then by clock.

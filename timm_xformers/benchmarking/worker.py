@@ -42,13 +42,7 @@ FUSED_OPERATOR = "timm_xformers::performer"
 def measure_time(
     point: Point, contenders: list[Contender], effort: dict[str, Any], watch: Stopwatch
 ) -> dict[str, Any]:
-    """One point.
-
-    Args:
-        point: Where.
-        contenders: Who; one that fails is left out with its reason.
-        effort: ``rounds``, ``min_ms``, ``limit_seconds`` and ``seed``.
-        watch: How time is taken.
+    """One point, with the effort of `benchmark.measure`.
 
     Returns:
         ``seconds`` (of every round, by label and clock), ``compile_seconds``, ``params`` and

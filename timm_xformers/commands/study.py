@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"note: {words}", file=sys.stderr)
         print(f"The costs of {len(study.arms)} arms are in {written}")
         return
-    from timm_xformers.studies.running.matrix import plan_study, run_study, threads_for
+    from timm_xformers.studies.running.matrix import plan_study, run_study
+    from timm_xformers.studies.shared_folder import threads_for
 
     threads = args.threads or threads_for(args.workers)
     if args.dry_run:

@@ -18,6 +18,7 @@ from timm_xformers.errors import UserError
 
 __all__ = [
     "MANIFEST_FILE",
+    "creating",
     "find_damage",
     "previous_of",
     "recover",
@@ -120,6 +121,21 @@ def write_folder(path: Path, *, keep_previous: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def creating(what: str) -> Iterator[None]:
+    """Say of a folder that cannot be made, in a sentence, which and why.
+
+    Raises:
+        UserError: An OSError came.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Cannot create the {what} {error.filename}: {error.strerror}; choose another --output."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -110,9 +110,6 @@ def select(patterns: Sequence[str], known: Collection[str], kind: str) -> list[s
         known: Names to choose from.
         kind: What they name, for the message.
 
-    Returns:
-        Each name once.
-
     Raises:
         UsageError: A pattern matches no name.
     """

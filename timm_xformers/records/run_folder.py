@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from timm_xformers.errors import UsageError, UserError
+from timm_xformers.files.atomic import creating
 from timm_xformers.recipe import Recipe, load_recipe
 
 __all__ = ["RunFolder", "create_run_folder", "hold", "open_run_folder", "plain_name"]
@@ -111,7 +112,7 @@ def open_run_folder(root: Path) -> tuple[RunFolder, Recipe]:
 
 
 def _create(recipe: Recipe) -> Path:
-    try:
+    with creating("run folder"):
         if recipe.output is not None:
             root = Path(recipe.output)
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -134,11 +135,6 @@ def _create(recipe: Recipe) -> Path:
                 return root
             except FileExistsError:
                 number += 1
-    except OSError as error:
-        raise UserError(
-            f"Cannot create the run folder {error.filename}: {error.strerror}; choose another "
-            "--output."
-        ) from error
 
 
 def plain_name(*names: str) -> str:

@@ -10,12 +10,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
-__all__ = ["POLL_SECONDS", "SharedFolder"]
+from timm_xformers.data.loader import usable_cores
+
+__all__ = ["POLL_SECONDS", "SharedFolder", "threads_for"]
 
 # Between two looks at whether others have finished what is left.
 POLL_SECONDS = 0.2
+
+
+def threads_for(workers: int) -> int:
+    """Threads of a process if nobody says: the cores, shared out."""
+    return max(1, min(torch.get_num_threads(), usable_cores()) // workers)
 
 
 class SharedFolder:

@@ -32,11 +32,6 @@ TASKS = {"train": "train", "infer": "forward"}
 def measure_costs(study: Study, root: Path, threads: int) -> tuple[Path, list[str]]:
     """Measure all arms for the input that finished runs have, and store it.
 
-    Args:
-        study: Whose arms.
-        root: Folder of the study.
-        threads: Of a process.
-
     Returns:
         The file written, and why figures are missing or not to be trusted.
 

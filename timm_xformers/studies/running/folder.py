@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from timm_xformers.errors import UsageError, UserError
-from timm_xformers.files.atomic import write_file
+from timm_xformers.files.atomic import creating, write_file
 from timm_xformers.recipe import load_recipe
 from timm_xformers.records.find_runs import Run, find_runs
 from timm_xformers.records.run_folder import RunFolder
@@ -42,14 +42,9 @@ class StudyFolder(SharedFolder):
         Raises:
             UserError: One cannot be made.
         """
-        try:
+        with creating("folder"):
             for name in ("records", "runs", "locks"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"Cannot create the folder {error.filename}: {error.strerror}; choose another "
-                "--output."
-            ) from error
 
     def run(self, run: PlannedRun) -> RunFolder:
         """Where a run is trained."""

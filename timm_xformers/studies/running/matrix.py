@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from timm_xformers.data.loader import usable_cores
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.records.results_json import Record
 from timm_xformers.studies.running.definition import PlannedRun, Study
@@ -34,15 +33,10 @@ from timm_xformers.studies.running.plan import (
 from timm_xformers.studies.whole_run import train_whole
 from timm_xformers.training.signals import Stopped, StopRequest
 
-__all__ = ["plan_study", "run_study", "threads_for"]
+__all__ = ["plan_study", "run_study"]
 
 # Between two looks at the processes and at what others have finished.
 POLL_SECONDS = 0.5
-
-
-def threads_for(workers: int) -> int:
-    """Threads of a run if nobody says: the cores, shared out."""
-    return max(1, min(torch.get_num_threads(), usable_cores()) // workers)
 
 
 def plan_study(

@@ -62,11 +62,6 @@ class Row:
 def write_page(study: Study, root: Path, page: Path) -> list[str]:
     """Write a page, its pictures and its table as CSV beside it, in a folder of its name.
 
-    Args:
-        study: What was compared.
-        root: Folder of the study.
-        page: The Markdown file.
-
     Returns:
         What was left out, and why.
 
@@ -90,14 +85,7 @@ def write_page(study: Study, root: Path, page: Path) -> list[str]:
 
 
 def page_files(study: Study, root: Path, page: Path, base: Path) -> dict[Path, str]:
-    """The page and its table as text, by file, as `write_page` writes them.
-
-    Args:
-        study: What was compared.
-        root: Folder of the study.
-        page: The Markdown file.
-        base: Folder that paths on the page start from.
-    """
+    """The page, whose paths start from ``base``, and its table as text, by file."""
     return _Page(study, root, page, base).files()
 
 
@@ -276,12 +264,9 @@ class _Page:
 def _costs_of(
     group: Group | None, own: Mapping[str, Any], reference: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Costs of an arm; its speed is the baseline's times the paired ratio, the steadier figure.
+    """Costs of an arm, of the baseline and the arm as measured, for the page.
 
-    Args:
-        group: Its finished runs.
-        own: What `read_costs` has of it on this data.
-        reference: The same of the baseline.
+    The arm's speed is the baseline's times the paired ratio, the steadier figure.
     """
     found = {key: own[key] for key in ("params", "gmacs", "peak_mib") if key in own}
     for kind in ("train", "infer"):

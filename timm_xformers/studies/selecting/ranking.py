@@ -118,15 +118,7 @@ def write_folds(path: Path, summaries: Sequence[Summary], keys: Sequence[str]) -
 def write_markdown(
     path: Path, recipe: Recipe, summaries: Sequence[Summary], best: Summary, record: Record | None
 ) -> None:
-    """The table, the rule, and what came of the best.
-
-    Args:
-        path: The file.
-        recipe: What all configurations share.
-        summaries: All configurations.
-        best: The chosen one.
-        record: Of the final training, if there was one.
-    """
+    """The table, the rule, and what came of the best: the record of its final training, if any."""
     folds = len(best.results)
     images = best.results[0].train_images + best.results[0].val_images
     held_out = (

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from timm_xformers.errors import UsageError, UserError
-from timm_xformers.files.atomic import write_text
+from timm_xformers.errors import UsageError
+from timm_xformers.files.atomic import creating, write_text
 from timm_xformers.recipe import Recipe
 from timm_xformers.studies.selecting.folds import FoldResult, Folds, configuration_key, run_fold
 from timm_xformers.studies.selecting.space import Space
@@ -46,15 +46,13 @@ class Search(SharedFolder):
     def create(self, folds: Folds, check: Callable[[], None]) -> None:
         """Create the folder, or enter one that was created for the same search.
 
-        Args:
-            folds: The images.
-            check: Called before anything is written to a new folder.
+        ``check`` is called before anything is written to a new folder.
 
         Raises:
             UserError: The folder holds something else, or cannot be written.
         """
         text = self._definition(folds)
-        try:
+        with creating("folder"):
             if not self.definition.is_file():
                 if self.root.exists() and (
                     not self.root.is_dir()
@@ -67,11 +65,6 @@ class Search(SharedFolder):
                 with self.claim("folder", wait=True):
                     if not self.definition.is_file():  # others may start at the same moment
                         write_text(self.definition, text)
-        except OSError as error:
-            raise UserError(
-                f"Cannot create the folder {error.filename}: {error.strerror}; choose another "
-                "--output."
-            ) from error
         if self.definition.read_text(encoding="utf-8") != text:
             raise UsageError(
                 f"{self.root} holds another search ({self.definition} says which); choose another "
@@ -113,15 +106,7 @@ class Search(SharedFolder):
         fold: int,
         go_on: Callable[[int, float], bool] | None = None,
     ) -> FoldResult:
-        """Do what the caller has claimed, and keep the result.
-
-        Args:
-            name: Of the configuration, for people.
-            values: What it sets.
-            folds: The images.
-            fold: Which one, counted from 1.
-            go_on: See `run_fold`.
-        """
+        """Do what the caller has claimed, as `run_fold` does, and keep the result."""
         result = run_fold(self.recipe, values, folds, fold, go_on)
         result.save(self.result_path(values, fold))
         text = f"{name} fold {fold}/{self.space.folds}: {result.state}"

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from timm_xformers.data.loader import usable_cores
 from timm_xformers.errors import UsageError, UserError, require_extra
 from timm_xformers.recipe import Recipe, override
 from timm_xformers.records.results_json import Record
@@ -31,7 +30,7 @@ from timm_xformers.studies.selecting.ranking import (
 from timm_xformers.studies.selecting.search import Search
 from timm_xformers.studies.selecting.space import Space
 from timm_xformers.studies.selecting.trials import tried, work_on_trials
-from timm_xformers.studies.shared_folder import POLL_SECONDS
+from timm_xformers.studies.shared_folder import POLL_SECONDS, threads_for
 from timm_xformers.studies.whole_run import train_whole
 
 __all__ = ["select"]
@@ -140,7 +139,7 @@ def _share(search: Search, workers: int) -> None:
     """
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
-    threads = max(1, min(torch.get_num_threads(), usable_cores()) // workers)
+    threads = threads_for(workers)
     running = [
         context.Process(target=_worker, args=(search, threads, answers)) for _ in range(workers)
     ]
