@@ -90,13 +90,13 @@ def attention_map(model: nn.Module, images: Tensor, block: int, query: Query = "
 
 
 def token_layout(
-    model: nn.Module, img_size: tuple[int, int], num_tokens: int
+    model: nn.Module, size: tuple[int, int], num_tokens: int
 ) -> tuple[int, tuple[int, int]]:
     """How the tokens of a model lie.
 
     Args:
         model: As in `attention_map`.
-        img_size: Height and width of its input.
+        size: Height and width of its input.
         num_tokens: Tokens that its attention sees.
 
     Returns:
@@ -111,7 +111,7 @@ def token_layout(
     patch: Any = getattr(embed, "patch_size", getattr(model, "patch_size", None))
     if patch is not None:  # first: of two grids with as many tokens, that of the image
         rows, cols = patch if isinstance(patch, tuple) else (patch, patch)
-        grids.insert(0, (-(-img_size[0] // rows), -(-img_size[1] // cols)))
+        grids.insert(0, (-(-size[0] // rows), -(-size[1] // cols)))
     for grid in grids:
         if grid is not None and prefix + grid[0] * grid[1] == num_tokens:
             return prefix, (int(grid[0]), int(grid[1]))
@@ -131,9 +131,7 @@ def _num_prefix_tokens(model: nn.Module) -> int:
     return int(getattr(model, "num_prefix_tokens", hasattr(model, "class_token")))
 
 
-def _position(
-    model: nn.Module, img_size: tuple[int, int], query: Query, num_tokens: int
-) -> int | None:
+def _position(model: nn.Module, size: tuple[int, int], query: Query, num_tokens: int) -> int | None:
     """Number of the token that is asked for; None for the mean of all."""
     if query == "mean":
         return None
@@ -153,7 +151,7 @@ def _position(
             f"query={query!r} is no query; use 'class', 'mean', the number of a token, or (row, "
             "column) of the grid."
         )
-    prefix, (rows, cols) = token_layout(model, img_size, num_tokens)
+    prefix, (rows, cols) = token_layout(model, size, num_tokens)
     row, col = query
     if not (0 <= row < rows and 0 <= col < cols):
         raise ValueError(

@@ -84,14 +84,10 @@ def look(
 
 
 def draw_maps(path: Path, seen: Sequence[Seen]) -> None:
-    """Draw what models saw of one image, a row each.
+    """Draw what models saw of one image in the same blocks, a row each.
 
     Maps of a block have one scale in all rows. White is no weight, red is weight, blue is negative
-    weight.
-
-    Args:
-        path: The image to write; its suffix gives the format.
-        seen: At least one; of the same blocks.
+    weight. The suffix gives the format.
 
     Raises:
         UserError: The format is unknown.

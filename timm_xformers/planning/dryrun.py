@@ -170,9 +170,7 @@ def measure_steps(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Wall and processor seconds of a training step, and of a pass over all validation images.
 
-    Args:
-        session: A session that has entered the stage.
-        stage: The stage.
+    The session has entered the stage.
     """
     batch = stage.batch_size * session.accelerator.num_processes
     trainer = session.trainer

@@ -18,11 +18,7 @@ SMALL_PIXELS = 96  # below, every pixel is shown as a square
 
 
 def draw_grid(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Draw up to `MOST_PICTURES` pictures with their likeliest classes.
-
-    Args:
-        path: The image to write; its suffix gives the format.
-        predictions: At least one.
+    """Draw up to `MOST_PICTURES` pictures with their likeliest classes; the suffix is the format.
 
     Raises:
         UserError: The format is unknown.

@@ -107,10 +107,7 @@ def write_card(card: Card) -> str:
 def reproduction(record: Record, recipe: Recipe, otherwise: str) -> tuple[str, str]:
     """What repeats a run anywhere: a shipped recipe where one is the run's, else the run's own.
 
-    Args:
-        record: The run.
-        recipe: Its settings.
-        otherwise: Where recipe.yaml is, if no shipped recipe has the run's hash.
+    ``otherwise`` says where recipe.yaml is, if no shipped recipe has the run's hash.
 
     Returns:
         `Card.repeat` and `Card.command`.

@@ -33,14 +33,10 @@ def convert(run: FinishedRun, folder: Path, data_dir: str | None = None) -> Reco
 
 
 def write_float16(run: FinishedRun, folder: Path) -> Path:
-    """Write the best weights as float16, with their configuration.
-
-    Args:
-        run: Whose weights.
-        folder: An empty folder; ``local-dir:`` opens it afterwards.
+    """Write the best weights as float16, with their configuration, to an empty folder.
 
     Returns:
-        The weights' file.
+        The weights' file; ``local-dir:`` opens the folder.
 
     Raises:
         UserError: A weight is beyond float16.
@@ -62,18 +58,11 @@ def write_float16(run: FinishedRun, folder: Path) -> Path:
 
 
 def evaluate_float16(run: FinishedRun, folder: Path, name: str, data_dir: str | None) -> Record:
-    """Test the rounded weights, as they will be loaded.
+    """Test the weights of `write_float16`, as they will be loaded, under the model's ``name``.
 
-    Args:
-        run: Where they come from.
-        folder: What `write_float16` wrote.
-        name: What to call the model.
-        data_dir: Where the data lies; None takes the run's own folder.
-
-    Returns:
-        A record that says it is of float16 weights. It is measured in float32, whatever the run
-        trained in: that is what `evaluate` does with a model's name, and bf16 sums differ between
-        processors.
+    Without ``data_dir`` the data lies where the run had it. Measured in float32, whatever the run
+    trained in: that is what `evaluate` does with a model's name, and bf16 sums differ between
+    processors.
     """
     recipe = dataclasses.replace(
         run.recipe,

@@ -49,10 +49,7 @@ class Repository:
     repo_id: str
 
     def create(self, private: bool | None = None) -> None:
-        """Create it, unless it exists.
-
-        Args:
-            private: Whether only its owner sees a new one; None takes the owner's default.
+        """Create it, unless it exists; ``private`` as of `publish`.
 
         Raises:
             UserError: The Hub refuses, or does not answer.

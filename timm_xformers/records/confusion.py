@@ -99,12 +99,7 @@ def plot_confusion(path: Path, confusion: Tensor, class_names: Sequence[str], ti
 
     Names stand on the axes and counts in the cells while there is room; with more classes, errors
     are what the colour scale is for: it is the square root of the share, so that 1 % is visible.
-
-    Args:
-        path: The image to write.
-        confusion: As in `class_rows`.
-        class_names: As in `class_rows`.
-        title: What stands above.
+    The arguments are those of `class_rows`.
     """
     from matplotlib.colors import PowerNorm
 

@@ -24,13 +24,7 @@ VALIDATION = {"color": VERMILION, "linestyle": "-", "label": "validation"}
 
 
 def plot_curves(path: Path, rows: list[EpochRow], record: Record) -> None:
-    """Draw the history of a run.
-
-    Args:
-        path: The image to write.
-        rows: At least one epoch.
-        record: Names the run and the epoch whose weights were kept.
-    """
+    """Draw the history of a run, of at least one epoch, under the record's names and figures."""
     best_epoch = record.best_epoch or len(rows)
     title = f"{record.model} on {record.data}"
     if record.test_top1_percent is not None:

@@ -108,13 +108,10 @@ def configuration_key(values: dict[str, Any]) -> str:
 
 
 def open_folds(recipe: Recipe, count: int, *, decoded: bool = False) -> Folds:
-    """Open the data and deal the training images out.
+    """Open the data and deal the training images out into ``count`` stratified folds.
 
-    Args:
-        recipe: Names the data.
-        count: Stratified folds; 1 holds out what training would hold out: the data's own
-            validation images, or a share of val_fraction.
-        decoded: Decode small data sets now, once for all folds.
+    One fold holds out what training would hold out: the data's own validation images, or a share of
+    val_fraction. ``decoded`` decodes small data sets now, once for all folds.
 
     Raises:
         UserError: The data is missing, or a class has too few images.
