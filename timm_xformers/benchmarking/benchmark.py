@@ -115,49 +115,31 @@ class Benchmark:
         sweep(self.settings.output)
 
     def _timings(self) -> Iterator[tuple[Point, dict[str, Any]]]:
-        for allocator in self.settings.allocators:
-            for threads in self.settings.threads:
-                known = {row.point for row in self.rows}
-                points = [
-                    p
-                    for p in self.points
-                    if (p.allocator, p.threads) == (allocator, threads) and p not in known
-                ]
-                work = [(point, self.contenders) for point in points]
-                for found in self._measure("time", work):
-                    if self.baseline.label in found["left_out"]:
-                        raise UserError(
-                            f"{self.baseline.label}, with which everything is compared, failed: "
-                            f"{found['left_out'][self.baseline.label]}; use a smaller case."
-                        )
-                    yield Point(**found["point"]), found
+        known = {row.point for row in self.rows}
+        work = [(point, self.contenders) for point in self.points if point not in known]
+        for found in self._measure("time", work):
+            if self.baseline.label in found["left_out"]:
+                raise UserError(
+                    f"{self.baseline.label}, with which everything is compared, failed: "
+                    f"{found['left_out'][self.baseline.label]}; use a smaller case."
+                )
+            yield Point(**found["point"]), found
 
     def _measure_memory(self) -> None:
         settings = self.settings
         heaviest = max((point.task for point in self.points), key=PASSES.index)
-        chosen = [
-            point
-            for point in self.points
-            if point.threads == settings.threads[0]
-            and point.task == heaviest
-            and (settings.memory_tokens is None or point.size in settings.memory_tokens)
-        ]
+        timed = {(row.point, row.contender) for row in self.rows}
         work = [
-            (point, contender)
-            for point in chosen
+            (point, [contender])
+            for point in self.points
+            if point.threads == settings.threads[0] and point.task == heaviest
+            if settings.memory_tokens is None or point.size in settings.memory_tokens
             for contender in self.contenders
-            if any((row.point, row.contender) == (point, contender) for row in self.rows)
+            if (point, contender) in timed
         ]
         peaks: dict[tuple[Point, Contender], float] = {}
-        # One allocator after the other, since it is a matter of the process.
-        work.sort(key=lambda case: settings.allocators.index(case[0].allocator))
-        measured = (
-            found
-            for _, mine in itertools.groupby(work, key=lambda case: case[0].allocator)
-            for found in self._measure("memory", [(point, [who]) for point, who in mine])
-        )
-        for number, ((point, contender), found) in enumerate(
-            zip(work, measured, strict=True), start=1
+        for number, ((point, (contender,)), found) in enumerate(
+            zip(work, self._measure("memory", work), strict=True), start=1
         ):
             if "peak_mib" in found:
                 peaks[point, contender] = found["peak_mib"]
@@ -231,7 +213,8 @@ def measure(
 
     Args:
         kind: ``time``, of all contenders of a point side by side, or ``memory``, of one.
-        work: Points of one device, allocator and number of threads, with their contenders.
+        work: Points of one device with their contenders; neighbours share a process where they
+            have the same allocator and number of threads.
         effort: ``rounds``, ``min_ms``, ``limit_seconds`` and ``seed`` of `Settings`.
         log: Receives what the processes say.
 
@@ -243,7 +226,8 @@ def measure(
     """
     # Memory takes copies of one process that has only imported, or one from scratch for each.
     alone = kind == "memory" and work and not can_fork(work[0][0].device)
-    for part in [[case] for case in work] if alone else [work] if work else []:
+    together = itertools.groupby(work, lambda case: (case[0].allocator, case[0].threads))
+    for part in [[case] for case in work] if alone else [list(part) for _, part in together]:
         yield from _in_process(kind, part, effort, log)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,17 +12,14 @@ from timm.layers import Attention
 from timm_xformers.benchmarking.layers import build_sized, square_grid
 from timm_xformers.benchmarking.peers import peers_of
 from timm_xformers.benchmarking.settings import (
-    ALLOCATORS,
     BASELINE,
-    DTYPES,
     FUSED,
-    MODES,
-    PASSES,
     SHAPES,
     UNFUSED,
     Contender,
     Point,
     Settings,
+    flags,
 )
 from timm_xformers.errors import UsageError, nearest
 from timm_xformers.layers.factory import ATTENTION
@@ -44,34 +41,17 @@ def check(settings: Settings) -> Settings:
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = dataclasses.replace(settings, device=device)
-    for name, given, known in (
-        ("passes", settings.passes, PASSES),
-        ("modes", settings.modes, MODES),
-        ("dtypes", settings.dtypes, DTYPES),
-        ("allocator", settings.allocators, ALLOCATORS),
-        ("shape", (settings.shape,), tuple(SHAPES)),
-        ("device", (device,), ("cpu", "cuda")),
-    ):
-        for value in given:
-            if value not in known:
+    for flag, field in flags().items():
+        given = getattr(settings, field.name)
+        known = field.metadata["choices"]
+        for value in given if isinstance(given, tuple) else (given,):
+            if known and value not in known:
                 raise UsageError(
-                    f"--{name} {value!r} is unknown{nearest(value, known)}; choose from "
+                    f"--{flag} {value!r} is unknown{nearest(value, known)}; choose from "
                     f"{', '.join(known)}."
                 )
-    sizes: dict[str, Iterable[int | None]] = {
-        "tokens": settings.tokens,
-        "img-size": settings.img_sizes or (),
-        "threads": settings.threads,
-        "batch-size": (settings.batch_size,),
-        "rounds": (settings.rounds,),
-        "dim": (settings.dim,),
-        "num-heads": (settings.num_heads,),
-        "head-dim": (settings.head_dim,),
-    }
-    for name, numbers in sizes.items():
-        for number in numbers:
-            if number is not None and number < 1:
-                raise UsageError(f"--{name} {number} is out of range; use 1 or more.")
+            if isinstance(value, int) and value < 1 and flag != "seed":
+                raise UsageError(f"--{flag} {value} is out of range; use 1 or more.")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda needs a GPU, and there is none; use --device cpu.")
     if "fused" in settings.modes and not shared_memory(device, 0 if device == "cuda" else None):

@@ -1,6 +1,7 @@
 """What a benchmark is asked to measure. No torch: the command line reads this."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "Contender",
     "Point",
     "Settings",
+    "flags",
 ]
 
 PASSES = ("forward", "backward", "train")
@@ -88,65 +90,112 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def _flag(
+    default: Any, kind: type[Any], meaning: str, *, flag: str = "", choices: Sequence[str] = ()
+) -> Any:
+    """A field that a flag of the command line sets, by words of a type, of ``choices`` if any."""
+    metadata = {"kind": kind, "meaning": meaning, "flag": flag, "choices": tuple(choices)}
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure, in the order of the output.
+    """What to measure, in the order of the output; the flags say what each field means.
 
     Attributes:
         output: Folder to create.
-        contenders: Names of mechanisms, for layers; the baseline is always there.
-        models: Names of timm models; whole models are measured instead of layers if there are any.
         replacements: Titles and, as JSON, arguments of `replace_attention`: the baseline model is
             measured with each of them, too.
-        baseline: The model to compare with; None: the first one with exact attention, else the
-            first.
         peers: Measure other packages' forms of the same mechanisms too.
-        shape: One of `SHAPES`.
-        dim: Token width C instead of the shape's.
-        num_heads: Heads H instead of the shape's.
-        head_dim: Width D of a head instead of the shape's.
-        tokens: Sequence lengths of layers.
-        img_sizes: Sides of the models' inputs; None: each model's own.
-        batch_size: Sequences or images.
-        passes: Of `PASSES`.
-        modes: Of `MODES`.
-        dtypes: Of `DTYPES`: the type of a layer, autocast of a model.
-        device: ``cpu`` or ``cuda``; None: the GPU if there is one.
-        threads: Numbers of threads, each in a process of its own.
-        allocators: Of `ALLOCATORS`.
-        rounds: Of every point.
         min_ms: A contender is called in a round as often as this takes.
-        limit_seconds: A point ends after so long, but not before three rounds.
         memory: Measure peak memory.
-        memory_tokens: Lengths at which memory is measured; None: all.
-        seed: Of weights, inputs and order.
     """
 
     output: Path
-    contenders: tuple[str, ...] = CONTENDERS
-    models: tuple[str, ...] = ()
+    contenders: tuple[str, ...] = _flag(
+        CONTENDERS,
+        str,
+        f"mechanisms to time as layers, default {' '.join(CONTENDERS)}; the baseline, exact "
+        "attention, is always timed too",
+    )
+    models: tuple[str, ...] = _flag((), str, "whole models instead of layers, by timm names")
     replacements: tuple[tuple[str, str], ...] = ()
-    baseline: str | None = None
+    baseline: str | None = _flag(
+        None, str, "model that speed-ups are relative to; default the first exact one"
+    )
     peers: bool = True
-    shape: str = "S32"
-    dim: int | None = None
-    num_heads: int | None = None
-    head_dim: int | None = None
-    tokens: tuple[int, ...] = (64, 196, 256, 1025, 4096)
-    img_sizes: tuple[int, ...] | None = None
-    batch_size: int = 8
-    passes: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ("eager",)
-    dtypes: tuple[str, ...] = ("float32",)
-    device: str | None = None
-    threads: tuple[int, ...] = (1,)
-    allocators: tuple[str, ...] = ("default",)
-    rounds: int = 7
+    shape: str = _flag(
+        "S32",
+        str,
+        f"of {', '.join(SHAPES)}; default S32: 128 wide, 4 heads of 32",
+        choices=tuple(SHAPES),
+    )
+    dim: int | None = _flag(None, int, "token width, instead of the shape's")
+    num_heads: int | None = _flag(None, int, "number of heads, instead of the shape's")
+    head_dim: int | None = _flag(None, int, "width of a head, instead of the shape's")
+    tokens: tuple[int, ...] = _flag(
+        (64, 196, 256, 1025, 4096),
+        int,
+        "sequence lengths of layers, default 64 196 256 1025 4096",
+    )
+    img_sizes: tuple[int, ...] | None = _flag(
+        None, int, "image sizes of models in pixels, default each model's own", flag="img-size"
+    )
+    batch_size: int = _flag(8, int, "sequences or images, default 8")
+    passes: tuple[str, ...] = _flag(
+        (),
+        str,
+        f"of {' '.join(PASSES)} (train: forward, backward and AdamW); default forward backward "
+        "for layers, forward train for models",
+        choices=PASSES,
+    )
+    modes: tuple[str, ...] = _flag(
+        ("eager",),
+        str,
+        f"of {' '.join(MODES)} (fused: our Triton kernels, which the other modes do not use); "
+        "default eager",
+        choices=MODES,
+    )
+    dtypes: tuple[str, ...] = _flag(
+        ("float32",),
+        str,
+        f"of {' '.join(DTYPES)}, models by autocast; default float32",
+        choices=DTYPES,
+    )
+    device: str | None = _flag(
+        None, str, "cpu or cuda; default the GPU if there is one", choices=("cpu", "cuda")
+    )
+    threads: tuple[int, ...] = _flag(
+        (1,), int, "CPU threads, default 1, timed by CPU time; more, by wall clock"
+    )
+    allocators: tuple[str, ...] = _flag(
+        ("default",),
+        str,
+        f"settings of glibc's allocator, of {' '.join(ALLOCATORS)}",
+        flag="allocator",
+        choices=ALLOCATORS,
+    )
+    rounds: int = _flag(
+        7, int, "repetitions, default 7; in each, every contender runs once, in random order"
+    )
     min_ms: float = 30.0
-    limit_seconds: float = 120.0
+    limit_seconds: float = _flag(
+        120.0, float, "time limit of a setting, after three rounds; default 120"
+    )
     memory: bool = True
-    memory_tokens: tuple[int, ...] | None = None
-    seed: int = 0
+    memory_tokens: tuple[int, ...] | None = _flag(
+        None, int, "lengths whose peak memory is measured, default all"
+    )
+    seed: int = _flag(0, int, "of weights, inputs and order, default 0")
+
+
+def flags() -> dict[str, Field[Any]]:
+    """Fields that flags of the command line set, by flag."""
+    return {
+        known.metadata["flag"] or known.name.replace("_", "-"): known
+        for known in fields(Settings)
+        if "flag" in known.metadata
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
