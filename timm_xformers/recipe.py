@@ -47,6 +47,7 @@ NO_INFLUENCE = (
 CAME_LATER: dict[str, Any] = {
     "patch_drop_rate": 0.0,
     "labels": None,
+    "multi_label": False,
     "loss": "cross_entropy",
     "class_weights": None,
     "max_steps": None,
@@ -149,6 +150,12 @@ class Recipe:
         "Where the labels stand, if not in the names of folders: a CSV file of image and class for "
         "a folder of images, or a column of a Hub data set. null: class folders, or the usual "
         "column.",
+    )
+    multi_label: bool = _setting(
+        False,
+        "Several classes an image, or none: from a label file with a column of 0 and 1 for each "
+        "class, or with one column of names and bars, semicolons, commas or spaces between them. "
+        "Needs loss=bce.",
     )
     train_split: str | None = _setting(None, "Name of the split. null: the usual ones are tried.")
     val_split: str | None = _setting(None, "Name of the split. null: the usual ones are tried.")
@@ -257,9 +264,13 @@ class Recipe:
     class_weights: str | dict[str, Any] | None = _setting(
         None,
         "Factor of each class on the training loss: balanced (images / (classes * images of the "
-        "class)), or a mapping such as {cat: 2, dog: 1}, where classes left out have 1.",
+        "class)), or a mapping such as {cat: 2, dog: 1}, where classes left out have 1. With "
+        "multi_label on the loss of images that have the class; balanced: images without it over "
+        "images with it.",
     )
-    smoothing: float = _setting(0.0, "Label smoothing.", low=0.0, high=0.9)
+    smoothing: float = _setting(
+        0.0, "Label smoothing; with multi_label of each mark, towards a half.", low=0.0, high=0.9
+    )
     mixup: float = _setting(0.0, "Beta parameter of mixup.", low=0.0)
     cutmix: float = _setting(0.0, "Beta parameter of CutMix.", low=0.0)
     clip_grad: float = _setting(0.0, "Largest norm of the gradient.", low=0.0)
@@ -384,6 +395,7 @@ class Recipe:
             )
         if self.max_steps and self.max_seconds:
             raise UsageError("max_steps and max_seconds are two budgets; use one of them.")
+        _check_multi_label(self)
         _check_teacher(self)
 
     @property
@@ -574,6 +586,26 @@ def _check_teacher(recipe: Recipe) -> None:
         raise UsageError(
             "A teacher has one image size, so stages may change batch_size and patch_drop_rate "
             "only; drop img_size."
+        )
+
+
+def _check_multi_label(recipe: Recipe) -> None:
+    """Refuse what takes each image for one of one class."""
+    if not recipe.multi_label:
+        return
+    if recipe.loss != "bce":
+        raise UsageError(
+            f"loss={recipe.loss} is for one class an image, and multi_label=true for several; use "
+            "loss=bce."
+        )
+    if recipe.classes is not None:
+        raise UsageError(
+            "classes keeps the images of some classes, which multi_label=true does not; drop it, "
+            "or leave columns out of the label file."
+        )
+    if recipe.teacher is not None:
+        raise UsageError(
+            "A teacher is matched by softmax, for one class an image; drop teacher, or multi_label."
         )
 
 

@@ -127,6 +127,87 @@ def test_several_classes_a_picture_are_refused_with_the_reason(root, text, words
     assert "multi-label" in str(error.value)
 
 
+SEVERAL = {"a": "cat dog", "b": "", "c": "dog", "d": "cat", "e": "cow", "f": "cat cow dog"}
+
+
+def marks(source):
+    """Names of each picture's classes."""
+    split, names = source.train, source.class_names
+    return {
+        split.name(i)[-7]: " ".join(n for n, m in zip(names, split.labels[i], strict=True) if m)
+        for i in range(len(split))
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("id,tags\n" + "".join(f"{k}.0,{v}\n" for k, v in SEVERAL.items()), "with spaces"),
+        (
+            "id;label\n"
+            + "".join(f"{k}.0;{v.replace(' ', ' | ')}\n" for k, v in reversed(SEVERAL.items())),
+            "with bars",
+        ),
+        (
+            "id,label,area\n"
+            + "".join(f"{k}.0,{v.replace(' ', ';')},0.5\n" for k, v in SEVERAL.items()),
+            "with semicolons",
+        ),
+        (
+            "id,label\n" + "".join(f'{k}.0,"{v.replace(" ", ", ")}"\n' for k, v in SEVERAL.items()),
+            "with commas",
+        ),
+        (
+            "id,dog,cow,cat\n"
+            + "".join(
+                f"{k}.0,{','.join(str(int(n in v)) for n in ('dog', 'cow', 'cat'))}\n"
+                for k, v in SEVERAL.items()
+            ),
+            "columns of 0 and 1",
+        ),
+    ],
+)
+def test_several_classes_in_every_form_that_was_asked_for(root, text, form):
+    source = opened(root, text, multi_label=True, loss="bce")
+    assert source.class_names == ("cat", "cow", "dog")
+    assert marks(source) == SEVERAL
+    note = source.notes[0]
+    assert note.startswith("several classes a picture, from ")
+    assert form in note
+    assert note.endswith(
+        ": 3 classes (cat, cow, dog), 1.33 a picture, 3 at most, 1 pictures with none"
+    )
+    assert "cat" not in note.kept
+
+
+def test_names_with_spaces_between_bars_and_columns_of_nothing(root):
+    text = "id,label\na.0,ice cream|hot dog\nb.0,hot dog\n"
+    source = opened(root, text, multi_label=True, loss="bce")
+    assert source.class_names == ("hot dog", "ice cream")
+    source = opened(root, "id,cat,dog,cow\na.0,1,1,0\nb.0,0,0,0\n", multi_label=True, loss="bce")
+    assert source.class_names == ("cat", "dog")
+    assert "1 column of train.csv without a 1 (cow)" in " ".join(source.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("id,label\na.0,cat|dog\nb.0,cat;dog\n", "has bars and semicolons between classes"),
+        ("id,label\na.0,\"['cat', 'dog']\"\nb.0,cat\n", "write the classes as cat|dog"),
+        ("id,label\na.0,cat dog\na.0,cat\n", "calls a.0.jpg cat|dog and cat"),
+        ("id,label\na.0,cat dog\nb.0\n", "entry 3 has no class"),
+        ("id,cat,dog\na.0,1,1\nb.0,1\n", "entry 3 has 2 columns and the first line 3"),
+        ("id,cat,cat\na.0,1,1\nb.0,1,0\n", "two of one name"),
+        ("id,cat,dog\na.0,1,-1\nb.0,1,0\n", "it is open which has the classes"),
+        ("id,cat,dog\na.0,1,0\nzz,1,0\n", "names 1 images that are not in the folder"),
+    ],
+)
+def test_labels_that_could_mean_two_things_are_refused(root, text, words):
+    with pytest.raises(UserError) as error:
+        opened(root, text, multi_label=True, loss="bce")
+    assert words in str(error.value)
+
+
 def test_names_of_several_words_are_names(root):
     labels = ["hot dog", "ice cream", "dog", "hot dog", "ice cream", "tench, Tinca tinca"]
     rows = [f'{k}.0,"{v}"' for k, v in zip("abcdef", labels, strict=True)]

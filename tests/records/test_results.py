@@ -70,4 +70,17 @@ def test_history_survives_csv(tmp_path):
     assert read_history(tmp_path / "h.csv") == rows
     assert read_history(tmp_path / "absent.csv") == []
     header = (tmp_path / "h.csv").read_text().splitlines()[0].split(",")
-    assert header == [field.name for field in dataclasses.fields(EpochRow)]
+    fields = [field.name for field in dataclasses.fields(EpochRow)]
+    several = [name for name in fields if "map" in name or "f1" in name]
+    assert header == [name for name in fields if name not in several]
+    marked = [
+        dataclasses.replace(
+            row,
+            **dict.fromkeys(["train_top1_percent", "val_top1_percent", "val_top5_percent"]),
+            **dict.fromkeys(several, 1 / 7),
+        )
+        for row in rows
+    ]
+    write_history(tmp_path / "h.csv", marked)
+    assert read_history(tmp_path / "h.csv") == marked
+    assert "top1" not in (tmp_path / "h.csv").read_text()

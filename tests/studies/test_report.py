@@ -68,7 +68,7 @@ def test_mean_deviation_and_interval_of_three_seeds():
     (group,) = group_runs(
         runs(*(record(seed=seed, test_top1_percent=v) for seed, v in enumerate(values)))
     )
-    top1 = group.top1("test")
+    top1 = group.score("test")
     expected = stats.t.interval(0.95, 2, loc=stats.tmean(values), scale=stats.sem(values))
     assert top1.mean == pytest.approx(97.16667, abs=1e-4)
     assert top1.deviation == pytest.approx(stats.tstd(values))
@@ -79,9 +79,9 @@ def test_mean_deviation_and_interval_of_three_seeds():
 
 def test_single_run_has_its_wilson_interval():
     (group,) = group_runs(runs(BASE))
-    top1 = group.top1("test")
+    top1 = group.score("test")
     assert dataclasses.astuple(top1) == (96.0, None, 94.0, 97.5, "Wilson")
-    assert group_runs(runs(record(test_top1_percent=None)))[0].top1("test") is None
+    assert group_runs(runs(record(test_top1_percent=None)))[0].score("test") is None
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,11 @@ def analyse(analysis: Analysis) -> str:
         )
     torch.set_num_threads(analysis.threads)
     model, data, preprocessing = open_published(recipe, analysis.split)
+    if data.multi_label:
+        raise UsageError(
+            f"{recipe.model} gives an image several classes, and analyse compares models of one, "
+            "by softmax; choose another."
+        )
     for note in data.notes:
         _say(note)
     images = limit_images(data.split(analysis.split), analysis.images)

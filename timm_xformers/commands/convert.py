@@ -41,6 +41,6 @@ def run(args: argparse.Namespace) -> None:
     record = convert(finished, Path(args.output), args.data_dir)
     print(json.dumps(dataclasses.asdict(record), indent=2))
     print(
-        f"float16 weights are in {args.output}: {record.test_top1_percent:.2f} % on the test set, "
-        f"{finished.record.test_top1_percent:.2f} % as trained"
+        f"float16 weights are in {args.output}: {record.percent('test'):.2f} % on the test set, "
+        f"{finished.record.percent('test'):.2f} % as trained"
     )

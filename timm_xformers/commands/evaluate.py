@@ -13,7 +13,7 @@ from timm_xformers.recipe import Recipe, load_recipe
 
 __all__ = ["HELP", "add_arguments", "recipe_of", "run"]
 
-HELP = "measure a model's accuracy, with its 95-percent interval"
+HELP = "measure a model's accuracy with its 95-percent interval, or mAP"
 # What a run folder says of its data, for evaluating it on that.
 DATA_FIELDS = (
     *("data", "data_dir", "labels", "train_split", "val_split", "test_split", "classes"),
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--details",
         metavar="FOLDER",
-        help="write per_class.csv and confusion.png, which class was taken for which, there",
+        help="write per_class.csv and, of one class an image, confusion.png there",
     )
     parser.add_argument("--output", metavar="FILE", help="also write the record to this JSON file")
     parser.add_argument(
@@ -97,12 +97,8 @@ def recipe_of(args: argparse.Namespace, values: dict[str, Any]) -> Recipe:
 
 
 def _line(split: str, record: Any) -> str:
-    figures = dataclasses.asdict(record)
-    images, loss = figures[f"{split}_images"], figures[f"{split}_loss"]
-    low, high = figures[f"{split}_top1_interval_percent"]
-    top5 = f"top-5 {figures[f'{split}_top5_percent']:.2f} %, " if record.num_classes > 5 else ""
+    images, loss = (getattr(record, f"{split}_{name}") for name in ("images", "loss"))
     return (
-        f"{record.model} on {record.data}, {split}: top-1 {figures[f'{split}_top1_percent']:.2f} % "
-        f"(95 %: {low} to {high}), {top5}loss {loss}, {images} images at "
-        f"{record.images_per_s:.0f} images/s"
+        f"{record.model} on {record.data}, {split}: {record.figures(split)}, loss {loss}, "
+        f"{images} images at {record.images_per_s:.0f} images/s"
     )

@@ -23,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images", nargs="+", metavar="IMAGE", help="file, folder or http(s) address"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="default 5")
+    parser.add_argument(
+        "--top-k",
+        type=positive,
+        metavar="N",
+        help="default 5, or all classes of a multi-label model, each with yes from 50 percent on",
+    )
     parser.add_argument(
         "--grid", metavar="FILE", help="also draw the pictures with their classes, up to 64"
     )
@@ -59,5 +64,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _lines(prediction: Any) -> str:
-    rows = [f"{100 * guess.probability:>8.2f} %  {guess.name}" for guess in prediction.classes]
+    said = {None: "", True: "yes  ", False: "no   "}
+    rows = [
+        f"{100 * guess.probability:>8.2f} %  {said[getattr(guess, 'present', None)]}{guess.name}"
+        for guess in prediction.classes
+    ]
     return "\n".join([prediction.image, *rows])

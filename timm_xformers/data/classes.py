@@ -15,8 +15,8 @@ __all__ = ["ONE_CLASS_EACH", "alike_names", "match_names", "refuse_lists", "shar
 
 # What is said wherever a picture turns out to have several classes.
 ONE_CLASS_EACH = (
-    "data of several classes a picture (multi-label) are not read, since every figure here, from "
-    "top-1 to report and card, counts one answer a picture; keep one class for each"
+    "several classes a picture (multi-label) are read by --set multi_label=true loss=bce alone, "
+    "from a label file beside a folder of images; else keep one class for each"
 )
 SEPARATORS = ";|, "
 

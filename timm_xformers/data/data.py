@@ -24,6 +24,7 @@ from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.sources import Source, open_source
 from timm_xformers.data.split import Split
 from timm_xformers.data.subset import limit_images, number_like, select_classes
+from timm_xformers.data.targets import are_marks, images_by_class, strata
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import Recipe
 
@@ -50,7 +51,10 @@ class Batches(Protocol):
         ...
 
     def batches(self, order: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images (B, C, H, W) and labels (B,) for each tensor of positions."""
+        """Yield normalised images (B, C, H, W) and labels for each tensor of positions.
+
+        Labels are classes (B,), or marks (B, classes); see `targets`.
+        """
         ...
 
 
@@ -88,6 +92,11 @@ class Data:
     skipped: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()
     undivided: bool = False
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, or none."""
+        return are_marks(self.train.labels)
 
     @property
     def kept_notes(self) -> list[str]:
@@ -167,6 +176,7 @@ def open_data(
     refuse_unread(recipe, in_memory)
     readable, skipped = _without_damaged(recipe, chosen)
     splits |= readable
+    _refuse_unmarked(readable)
     doubled = [] if known else shared_pictures(readable)  # those of known sets are known
     lacking = _lacking(readable.get("test"), source.class_names, num_classes)
     mean, std = _scale(known, in_chans)
@@ -194,6 +204,8 @@ def _count_classes(recipe: Recipe, source: Source) -> int:
     A label without a name, or above ones that no image has, is a slip more often than a class.
     """
     titled = {"training": source.train, "validation": source.val, "test": source.test}
+    if recipe.multi_label:
+        return _count_marked(recipe, source)
     for title, split in titled.items():
         if split is not None and bool((split.labels < 0).all()):
             raise UserError(
@@ -225,11 +237,37 @@ def _count_classes(recipe: Recipe, source: Source) -> int:
     return count
 
 
+def _count_marked(recipe: Recipe, source: Source) -> int:
+    """The same for marks, which have a name each."""
+    count = len(source.class_names)
+    if recipe.num_classes not in (None, count):
+        raise UserError(
+            f"num_classes={recipe.num_classes} was asked for, and {recipe.labels} has {count} "
+            "classes; drop num_classes, or add columns to the file."
+        )
+    if count < 2:
+        raise UserError(
+            f"{recipe.labels} has one class, and multi_label is for several; write its presence "
+            "and absence as two classes, without multi_label."
+        )
+    return count
+
+
+def _refuse_unmarked(splits: Mapping[str, Split]) -> None:
+    """Precision has no meaning where no image has a class."""
+    for name, split in splits.items():
+        if are_marks(split.labels) and not split.labels.any():
+            raise UserError(
+                f"Not one of {len(split)} {name} images has a class; add images that have, or "
+                "raise val_fraction where these come from training."
+            )
+
+
 def _lacking(test: Split | None, names: Sequence[str], num_classes: int) -> list[Note]:
     """A line on classes without test images, on which the figures say nothing; or none."""
     if test is None:
         return []
-    seen = test.labels.bincount(minlength=num_classes)
+    seen = images_by_class(test.labels, num_classes)
     named = len(names) == num_classes
     absent = [names[n] if named else str(n) for n in (seen == 0).nonzero().flatten().tolist()]
     if not absent:
@@ -244,7 +282,7 @@ def _set_validation_aside(recipe: Recipe, source: Source) -> dict[str, Split | N
     train, val = source.train, source.val
     if train is not None:
         if val is None and recipe.val_fraction:
-            keep, held = stratified_split(train.labels, recipe.val_fraction, "val")
+            keep, held = stratified_split(strata(train.labels), recipe.val_fraction, "val")
             if len(held) == 0:
                 raise UserError(
                     f"val_fraction={recipe.val_fraction} of {len(train)} training images is none; "

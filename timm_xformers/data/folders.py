@@ -18,11 +18,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-import torch
-
 from timm_xformers.data.classes import shared_words
 from timm_xformers.data.label_file import label_files
 from timm_xformers.data.notes import Note
+from timm_xformers.data.targets import Classes, names_in, to_labels
 from timm_xformers.data.trees import LeftOut, Place, Tree, by_nature, read_span
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.text import plain
@@ -54,18 +53,17 @@ class FileImages:
 
     Args:
         place: Where they lie.
-        classes: Class of each, by name below the place.
+        classes: Class of each by name below the place, or tuples of its classes.
         order: Names of the classes by label.
     """
 
     encoded: ClassVar[bool] = True
 
-    def __init__(self, place: Place, classes: Mapping[str, str], order: Sequence[str]) -> None:
+    def __init__(self, place: Place, classes: Mapping[str, Classes], order: Sequence[str]) -> None:
         self.place = place
         self.files = sorted(classes, key=by_nature)
         self.spans = place.members() if place.packed else None
-        number = {name: label for label, name in enumerate(order)}
-        self.labels = torch.tensor([number[classes[file]] for file in self.files], dtype=torch.long)
+        self.labels = to_labels([classes[file] for file in self.files], order)
         self.class_names = tuple(map(plain, order))
 
     def open(self, row: int) -> BinaryIO:
@@ -108,17 +106,18 @@ def open_folder(recipe: Recipe, used: Collection[str]) -> tuple[dict[str, FileIm
     places = _find_parts(root, wanted, labelled=labels is not None)
     left_out = LeftOut()
     parts = _read_parts(root, places, used, left_out, flat=labels is not None)
+    notes: list[Note] = []
+    classes: Mapping[str, Mapping[str, Classes]]
     if labels is not None:
         files = {role: (part.name, part.tree.files) for role, part in parts.items()}
-        classes, others = label_files(labels, files)
-        left_out.add(f"images that {labels.name} does not name", others)
+        classes, notes = label_files(labels, files, left_out, several=recipe.multi_label)
     else:
         classes = {role: _by_folder(role, part, left_out) for role, part in parts.items()}
     if "train" in used and not classes.get("train"):
         raise UserError(f"{labels} names no image for training below {root}; correct it.")
     order: list[str] = []
     for role, part in parts.items():
-        new = sorted({*classes[role].values()} - {*order}, key=by_nature)
+        new = sorted(names_in(classes[role].values()) - {*order}, key=by_nature)
         if role != "train" and new and "train" in used:
             raise UserError(
                 f"{part.place} has classes that the training images lack: "
@@ -134,10 +133,13 @@ def open_folder(recipe: Recipe, used: Collection[str]) -> tuple[dict[str, FileIm
         os.path.splitext(file)[1].lower() for images in found.values() for file in images.files
     )
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
-    notes = [Note(f"files: {kinds}", "")] if len(suffixes) > 1 else []
+    if len(suffixes) > 1:
+        notes.append(Note(f"files: {kinds}", ""))
     if str(left_out):
         notes.append(Note(f"left out: {left_out}", f"left out: {left_out.counts}"))
-    return found, notes + ([] if labels is None else shared_words(order))
+    if labels is not None and not recipe.multi_label:
+        notes += shared_words(order)
+    return found, notes
 
 
 def _find_root(recipe: Recipe) -> tuple[Place, dict[str, str | None]]:

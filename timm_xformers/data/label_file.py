@@ -1,6 +1,8 @@
 """Labels from a CSV file, as competitions hand them out: ``id,label``, one picture a line.
 
-Or ``id,cat,dog``, a column for each class, with a 1 in the picture's own and 0 in the others.
+Or ``id,cat,dog``, a column for each class, with a 1 in the picture's own and 0 in the others. Where
+several classes a picture were asked for, a line may have any number of 1, and a label is a list:
+``cat|dog``, with bars, semicolons or commas, or ``cat dog`` in a file that has none of these.
 """
 
 import csv
@@ -10,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm_xformers.data.classes import ONE_CLASS_EACH, refuse_lists
-from timm_xformers.data.trees import is_picture
+from timm_xformers.data.notes import Note
+from timm_xformers.data.targets import Classes, names_in
+from timm_xformers.data.trees import LeftOut, by_nature, is_picture
 from timm_xformers.errors import UserError
 from timm_xformers.files.text import plain
 
@@ -20,11 +24,17 @@ __all__ = ["label_files"]
 IMAGE_TITLES = ("id", "image_id", "image", "img", "file_name", "filename", "file", "path", "name")
 LABEL_TITLES = ("label", "labels", "class", "class_name", "category", "target", "breed", "species")
 SHOWN = 3
+# Between the classes of one picture, if not spaces.
+SEPARATORS = {"|": "bars", ";": "semicolons", ",": "commas"}
 
 
 def label_files(
-    path: Path, parts: Mapping[str, tuple[str, Sequence[str]]]
-) -> tuple[dict[str, dict[str, str]], list[str]]:
+    path: Path,
+    parts: Mapping[str, tuple[str, Sequence[str]]],
+    left_out: LeftOut,
+    *,
+    several: bool = False,
+) -> tuple[dict[str, dict[str, Classes]], list[Note]]:
     """Give each picture that a label file names its class.
 
     A line names a picture by its path, from the data folder or from the part's, or by its file's
@@ -35,9 +45,12 @@ def label_files(
         path: The CSV file, with commas, semicolons or tabs.
         parts: For each role the part's folder, empty for the data folder itself, and the pictures
             below it.
+        left_out: Told of pictures that are not named, and of columns that no picture has a 1 in.
+        several: Pictures may have several classes, or none.
 
     Returns:
-        For each role the class of each picture; and the pictures that are not named.
+        For each role the class of each picture, or a tuple of its classes; and a line on how
+        several classes were read, if they were.
 
     Raises:
         UserError: A line is incomplete, contradicts another or names no picture, or more than one.
@@ -47,44 +60,110 @@ def label_files(
     first = rows[0][0]
     titles = [] if _find(first, tables) or is_picture(first) else [c.strip() for c in rows.pop(0)]
     image, label = _columns(path, titles, rows)
-    if label is None:
-        rows = [
-            [row[image], _marked(path, row, image, titles)] if len(row) > image else []
-            for row in rows
-        ]
-        image, label = 0, 1
-    classes: dict[str, dict[str, str]] = {role: {} for role in parts}
+    entries, form = _entries(path, titles, rows, image, label, several=several)
+    classes: dict[str, dict[str, Classes]] = {role: {} for role in parts}
     missing = []
-    for number, row in enumerate(rows, 2 if titles else 1):
-        if len(row) <= max(image, label) or not row[label].strip():
+    for number, (picture, name) in enumerate(entries, 2 if titles else 1):
+        if not picture or name == "":
             raise UserError(f"{path}, entry {number} has no class; add it or remove the line.")
-        found = _find(row[image], tables)
+        found = _find(picture, tables)
         if not found:
-            missing.append(row[image])
+            missing.append(picture)
             continue
         role = found[0][0]
         found = [entry for entry in found if entry[0] == role]
         if len(found) > 1:
             files = " and ".join(file for _, file in found[:2])
             raise UserError(
-                f"{path}, entry {number}: {plain(row[image])} can be {plain(files)}; write paths."
+                f"{path}, entry {number}: {plain(picture)} can be {plain(files)}; write paths."
             )
-        file, name = found[0][1], row[label].strip()
-        if classes[role].setdefault(file, name) != name:
+        file = found[0][1]
+        if (before := classes[role].setdefault(file, name)) != name:
+            said = " and ".join(e if isinstance(e, str) else "|".join(e) for e in (before, name))
+            why = "" if several else f" ({ONE_CLASS_EACH})"
             raise UserError(
-                f"{path} calls {plain(file)} {plain(classes[role][file])} and {plain(name)}; keep "
-                f"one line for each image ({ONE_CLASS_EACH})."
+                f"{path} calls {plain(file)} {plain(said)}; keep one line for each image{why}."
             )
     if missing:
         raise UserError(
             f"{path} names {len(missing)} images that are not in the folder, such as "
             f"{plain(', '.join(missing[:SHOWN]))}; correct --data-dir or the file."
         )
-    refuse_lists(str(path), {name for named in classes.values() for name in named.values()})
+    named = [name for files in classes.values() for name in files.values()]
+    names = names_in(named)
+    if not several:
+        refuse_lists(str(path), names)
+    if label is None:
+        empty = {title for i, title in enumerate(titles) if i != image} - names
+        left_out.add(f"columns of {path.name} without a 1", empty)
     others = [
         file for role, (_, files) in parts.items() for file in files if file not in classes[role]
     ]
-    return classes, others
+    left_out.add(f"images that {path.name} does not name", others)
+    return classes, [_described(named, form)] if several else []
+
+
+def _entries(
+    path: Path,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    image: int,
+    label: int | None,
+    *,
+    several: bool,
+) -> tuple[list[tuple[str, Classes]], str]:
+    """Picture and class of each row, or tuple of classes, and in words how these were found."""
+    pictures = [row[image] if len(row) > image else "" for row in rows]
+    found: list[Classes]
+    if label is None:
+        form = "columns of 0 and 1"
+        wide = next((n for n, row in enumerate(rows, 2) if len(row) != len(titles)), None)
+        if several and wide:
+            raise UserError(
+                f"{path}, entry {wide} has {len(rows[wide - 2])} columns and the first line "
+                f"{len(titles)}; correct it."
+            )
+        marked = [_marked(row, image, titles) for row in rows]
+        pairs = zip(pictures, marked, strict=True)
+        found = [*marked] if several else [_only(path, *pair) for pair in pairs]
+    elif several:
+        texts = [row[label].strip() if len(row) > label else None for row in rows]
+        mark = _separator(path, [text or "" for text in texts])
+        form = f"a column with {SEPARATORS.get(mark or '', 'spaces')} between names"
+        found = ["" if text is None else _parts(text, mark) for text in texts]
+    else:
+        form = ""
+        found = [row[label].strip() if len(row) > label else "" for row in rows]
+    return list(zip(pictures, found, strict=True)), form
+
+
+def _separator(path: Path, texts: Sequence[str]) -> str | None:
+    """What stands between the names of a picture's classes; None: spaces."""
+    if odd := next((text for text in texts if text[:1] in ("[", "{", "(")), None):
+        raise UserError(f"{path} has the label {plain(odd[:60])}; write the classes as cat|dog.")
+    used = [mark for mark in SEPARATORS if any(mark in text for text in texts)]
+    if len(used) > 1:
+        raise UserError(
+            f"{path} has {' and '.join(SEPARATORS[mark] for mark in used)} between classes; use "
+            "one of them throughout."
+        )
+    return used[0] if used else None
+
+
+def _parts(text: str, mark: str | None) -> tuple[str, ...]:
+    """The names in a text, each once and in order."""
+    return tuple(sorted({part.strip() for part in text.split(mark)} - {""}))
+
+
+def _described(found: Sequence[Classes], form: str) -> Note:
+    """A line on what several classes a picture were taken to be."""
+    names = sorted(names_in(found), key=by_nature)
+    counts = [len(each) for each in found]
+    none = f", {counts.count(0)} pictures with none" if 0 in counts else ""
+    some = ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
+    start = f"several classes a picture, from {form}: {len(names)} classes"
+    end = f"{sum(counts) / max(len(counts), 1):.2f} a picture, {max(counts, default=0)} at most"
+    return Note(f"{start} ({some}), {end}{none}", f"{start}, {end}{none}")
 
 
 def _read(path: Path) -> list[list[str]]:
@@ -137,6 +216,11 @@ def _columns(
         label = 1 - image
     others = [cell for row in rows for i, cell in enumerate(row) if i != image]
     if label is None and titles and all(_mark(cell) is not None for cell in others):
+        own = [title for i, title in enumerate(titles) if i != image]
+        if "" in own or len({*own}) < len(own):
+            raise UserError(
+                f"{path} has columns without a name, or two of one name; give each class its own."
+            )
         return image, None
     if label is None or label == image:
         named = f" ({plain(', '.join(titles))})" if titles else ""
@@ -152,12 +236,15 @@ def _mark(cell: str) -> bool | None:
     return {"1": True, "1.0": True, "0": False, "0.0": False}.get(cell.strip())
 
 
-def _marked(path: Path, row: Sequence[str], image: int, titles: Sequence[str]) -> str:
-    """The class whose column has a 1."""
-    found = [
+def _marked(row: Sequence[str], image: int, titles: Sequence[str]) -> tuple[str, ...]:
+    """The classes whose columns have a 1."""
+    return tuple(
         title for i, title in enumerate(titles) if i != image and _mark("".join(row[i : i + 1]))
-    ]
+    )
+
+
+def _only(path: Path, picture: str, found: Sequence[str]) -> str:
     if len(found) != 1:
         several = f"the classes {plain(', '.join(found))}" if found else "no class"
-        raise UserError(f"{path} gives {plain(row[image])} {several}: {ONE_CLASS_EACH}.")
+        raise UserError(f"{path} gives {plain(picture)} {several}: {ONE_CLASS_EACH}.")
     return found[0]

@@ -24,22 +24,22 @@ from timm_xformers.errors import UserError
 __all__ = ["LoaderBatches", "killed_worker", "usable_cores"]
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Transformed images by (epoch, position)."""
+class _Images(Dataset[tuple[Tensor, Tensor]]):
+    """Transformed images, and their labels, by (epoch, position)."""
 
     def __init__(self, split: Split, transform: Callable[[Any], Tensor], seed: int) -> None:
         self.split = split
         self.transform = transform
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, position = key
         seed = derive_seed(self.seed, "image", epoch, position)
         # Without workers this is the training process, whose generators must not notice.
         with contextlib.nullcontext() if get_worker_info() else _own_generators():
             seed_host(seed)
             image = self.transform(self.split.image(position))
-        return image, int(self.split.labels[position])
+        return image, self.split.labels[position]
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ class LoaderBatches:
         return self.num_samples
 
     def batches(self, order: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images (B, C, H, W) and labels (B,) for each tensor of positions."""
+        """Yield images and labels for each tensor of positions, as `Batches` does."""
         self.plan.batches = [[(epoch, int(i)) for i in positions] for positions in order]
         try:
             for images, labels in self.loader:

@@ -97,7 +97,7 @@ class MemoryBatches:
 
     Args:
         images: uint8 images (N, C, H, W).
-        labels: Classes (N,).
+        labels: Classes (N,), or marks (N, C).
         mean: Per channel, of images in [0, 1].
         std: Per channel, of images in [0, 1].
         device: Where the images are kept and the batches made.
@@ -127,7 +127,7 @@ class MemoryBatches:
         return len(self.labels)
 
     def batches(self, order: Sequence[Tensor], epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images (B, C, H, W) and labels (B,) for each tensor of positions."""
+        """Yield images and labels for each tensor of positions, as `Batches` does."""
         epoch_augmentation = None
         if self.augmentation is not None:
             epoch_augmentation = EpochAugmentation(

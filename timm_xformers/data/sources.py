@@ -92,6 +92,11 @@ def open_source(recipe: Recipe, used: Collection[str] = EVERYTHING) -> Source:
     prefix = prefix.lower() if slash else ""
     if recipe.labels is not None and name not in FOLDERS and prefix not in ("hfds", "hfids"):
         raise UsageError(f"labels is for folders of images and Hub data sets; drop it for {name}.")
+    if recipe.multi_label and (recipe.labels is None or name not in FOLDERS):
+        raise UsageError(
+            "multi_label, several classes a picture, is read from a label file beside a folder of "
+            "images; name both: --data-dir FOLDER --labels FILE.csv."
+        )
     if name == "digits":
         source = _digits(recipe, mode)
         return source if tested else replace(source, test=None)
@@ -145,7 +150,7 @@ def _joined(parts: Mapping[str, Images], mode: str, *, lone_is_test: bool) -> So
                 f"The {role} images have classes that the training images lack: "
                 f"{', '.join(strangers[:5])}; correct the data set."
             )
-        splits[role] = splits[role].renumbered(numbers)
+        splits[role] = splits[role].renumbered(numbers, len(names))
     train, val, test = (splits.get(role) for role in ROLES)
     if test is None and lone_is_test:
         val, test = None, val

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from timm_xformers.data.classes import ONE_CLASS_EACH
 from timm_xformers.data.pixels import as_mode, decode_picture
+from timm_xformers.data.targets import are_marks, renumber
 from timm_xformers.errors import UserError
 from timm_xformers.files.text import plain
 
@@ -24,7 +25,7 @@ class Images(Protocol):
 
     Attributes:
         encoded: Whether `open` gives a file's bytes, which may be damaged, and no pixels.
-        labels: Class of each image (N,).
+        labels: Class of each image (N,), or marks (N, C); see `targets`.
         class_names: By label; empty if nobody names them.
     """
 
@@ -93,7 +94,7 @@ class Split:
     Attributes:
         images: Where they are.
         rows: The images that belong to the split (N,).
-        labels: Class of each (N,).
+        labels: Class of each (N,), or marks (N, C); see `targets`.
         mode: PIL mode of the pictures handed out: L or RGB.
     """
 
@@ -154,14 +155,14 @@ class Split:
         """The images at some positions."""
         return dataclasses.replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
-    def renumbered(self, numbers: Tensor) -> "Split":
-        """The split with other labels.
+    def renumbered(self, numbers: Tensor, num_classes: int) -> "Split":
+        """The split with other labels, as `targets.renumber` has them.
 
         Args:
             numbers: New label by old one; negative ones leave the images out.
+            num_classes: Classes by the new numbers.
         """
-        labels = numbers[self.labels]
-        chosen = labels >= 0
+        labels, chosen = renumber(self.labels, numbers, num_classes)
         return dataclasses.replace(self, rows=self.rows[chosen], labels=labels[chosen])
 
     def digest(self) -> str:
@@ -169,10 +170,11 @@ class Split:
 
         Pixels are not read, and where the data set lies does not matter.
         """
-        found = hashlib.sha256()
+        found, marked = hashlib.sha256(), are_marks(self.labels)
         for row, label in zip(self.rows.tolist(), self.labels.tolist(), strict=True):
             key = self.images.key(row).encode("utf-8", "surrogateescape")
-            found.update(b"%d %d %s\n" % (label, len(key), key))
+            text = "".join("01"[int(mark)] for mark in label) if marked else str(label)
+            found.update(b"%s %d %s\n" % (text.encode(), len(key), key))
         return found.hexdigest()[:16]
 
 

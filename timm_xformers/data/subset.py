@@ -10,6 +10,7 @@ from timm_xformers.data.notes import Note
 from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.sources import Source
 from timm_xformers.data.split import Split
+from timm_xformers.data.targets import images_by_class, strata
 from timm_xformers.errors import UsageError, UserError, nearest
 
 __all__ = ["limit_images", "number_like", "select_classes"]
@@ -77,7 +78,7 @@ def number_like(
     numbers, known = max(
         zip(matches, vocabularies, strict=True), key=lambda m: int((m[0] >= 0).sum())
     )
-    seen = torch.cat([split.labels for split in source.splits]).bincount(minlength=len(numbers))
+    seen = images_by_class(torch.cat([split.labels for split in source.splits]), len(numbers))
     strange = [
         name
         for name, number, count in zip(names, numbers, seen, strict=False)
@@ -91,7 +92,7 @@ def number_like(
             "the classes, or leave such images out by --skip-unknown-classes."
         )
     train, val, test = (
-        None if split is None else split.renumbered(numbers)
+        None if split is None else split.renumbered(numbers, len(known))
         for split in (source.train, source.val, source.test)
     )
     lost = sum(map(len, source.splits)) - sum(len(s) for s in (train, val, test) if s is not None)
@@ -107,14 +108,16 @@ def number_like(
 def limit_images(split: Split, limit: int) -> Split:
     """Keep at most ``limit`` images, the same share of every class, whatever the seed.
 
+    With several classes an image, the same share of each of the `targets.strata`.
+
     Raises:
         UsageError: A class would be left without an image.
     """
     if limit >= len(split):
         return split
     labels = split.labels
-    _, chosen = stratified_split(labels, limit / len(split), "limit")
-    before, after = (int((part.bincount() > 0).sum()) for part in (labels, labels[chosen]))
+    _, chosen = stratified_split(strata(labels), limit / len(split), "limit")
+    before, after = (int((images_by_class(part, 0) > 0).sum()) for part in (labels, labels[chosen]))
     if after < before:
         raise UsageError(
             f"limit={limit} leaves images of {after} of {before} classes; raise it, or name fewer "
@@ -150,4 +153,4 @@ def _keep(split: Split, labels: Sequence[int]) -> Split:
     """The images with these labels, which become 0, 1, ..."""
     number = torch.full((max(*labels, int(split.labels.max())) + 1,), -1)
     number[list(labels)] = torch.arange(len(labels))
-    return split.renumbered(number)
+    return split.renumbered(number, len(labels))

@@ -29,7 +29,7 @@ CLUTTER = ("thumbs.db", "desktop.ini")
 SHOWN = 3
 # Of what is counted, which may end in the name of a file.
 SINGULAR = (
-    (r"^(hidden |)(file|folder|image)s", r"\1\2"),
+    (r"^(hidden |)(file|folder|image|column)s", r"\1\2"),
     ("that are no part", "that is no part"),
     ("that are no pictures by their names", "that is no picture by its name"),
     ("^broken links, pipes and", "broken link, pipe or"),

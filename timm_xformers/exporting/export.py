@@ -20,7 +20,7 @@ from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, UserError, require_extra
 from timm_xformers.exporting.int8 import quantize_weights
 from timm_xformers.files.atomic import scratch_folder, write_text
-from timm_xformers.training.build import build_model, check_input
+from timm_xformers.training.build import build_model, check_input, is_multi_label
 from timm_xformers.training.checkpoint import ModelInfo, save_best
 
 __all__ = ["FORMATS", "Exported", "export", "sheet_of"]
@@ -51,7 +51,8 @@ class Exported:
         megabytes: Its size, with the weights beside it if the format keeps them there.
         batch_sizes: Sizes that were compared.
         difference: Norm of the difference of logits over the norm of the model's, the largest.
-        same_top1_percent: Images whose best class is the model's.
+        same_answer_percent: Images whose best class is the model's, or whose classes are, if they
+            may have several.
         images_per_s: Of the file, at `TIMED_BATCH` images or the fixed size.
         model_images_per_s: Of the model in PyTorch, likewise.
     """
@@ -60,7 +61,7 @@ class Exported:
     megabytes: float
     batch_sizes: list[int]
     difference: float
-    same_top1_percent: float
+    same_answer_percent: float
     images_per_s: float
     model_images_per_s: float
 
@@ -95,6 +96,7 @@ def export(
     model, model_args = build_model(name, img_size=img_size, pretrained=True, **channels)
     expects = Preprocessing.of_model(model, img_size, in_chans)
     sheet = _description(model, expects)
+    several = is_multi_label(model)
     check_input(model, expects.shape)
     model.eval().requires_grad_(False)
     sizes = [1, 2, 5] if batch_size is None else [batch_size]
@@ -110,7 +112,8 @@ def export(
 
     def write(fresh: Path) -> Run:
         if not path.suffix:
-            save_best(fresh, model, ModelInfo(model_args, expects, tuple(sheet["label_names"])))
+            names = tuple(sheet["label_names"])
+            save_best(fresh, model, ModelInfo(model_args, expects, names, several))
             return (
                 build_model(f"local-dir:{fresh}", pretrained=True)[0].eval().requires_grad_(False)
             )
@@ -143,7 +146,10 @@ def export(
                 f"more than {limit:g}, so it was not kept; "
                 f"{'leave --int8 away' if int8 else 'try another format, or a fixed --batch-size'}."
             )
-        same = [a.argmax(1) == b.argmax(1) for a, b in zip(found, logits, strict=True)]
+        pairs = list(zip(found, logits, strict=True))
+        same = [a.argmax(1) == b.argmax(1) for a, b in pairs]
+        if several:
+            same = [((a >= 0) == (b >= 0)).all(1) for a, b in pairs]
         files = list(scratch.iterdir())
         size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
         del run  # it may hold the file open
@@ -156,7 +162,7 @@ def export(
         megabytes=size / 1e6,
         batch_sizes=sizes,
         difference=difference,
-        same_top1_percent=100 * float(torch.cat(same).float().mean()),
+        same_answer_percent=100 * float(torch.cat(same).float().mean()),
         images_per_s=speed,
         model_images_per_s=model_speed,
     )
@@ -264,4 +270,5 @@ def _description(model: Any, expects: Preprocessing) -> dict[str, Any]:
         "interpolation": expects.interpolation,
         "num_classes": model.num_classes,
         "label_names": list(model.pretrained_cfg.get("label_names") or ()),
+        "probabilities": "sigmoid, of each class" if is_multi_label(model) else "softmax",
     }

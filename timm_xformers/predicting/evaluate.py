@@ -13,12 +13,11 @@ from timm_xformers.data.preprocessing import Preprocessing, input_size
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.predicting.classes import class_names
 from timm_xformers.recipe import Recipe, load_recipe
-from timm_xformers.records.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.records.results_json import Record, environment, split_fields
 from timm_xformers.records.run_folder import RunFolder
-from timm_xformers.training.build import build_model, check_input
+from timm_xformers.training.build import build_model, check_input, is_multi_label
 from timm_xformers.training.devices import make_accelerator
-from timm_xformers.training.metrics import evaluate_model
+from timm_xformers.training.metrics import evaluate_model, write_classes
 
 __all__ = ["evaluate", "open_published"]
 
@@ -39,7 +38,7 @@ def evaluate(
         split: Which images.
         checkpoint: Weights to load instead of those that belong to the model's name. A bare file
             says nothing of sizes and normalisation, so these follow from the data, as in training.
-        details: Folder to write confusion.png and per_class.csv to.
+        details: Folder to write per_class.csv and, of one class an image, confusion.png to.
         skip_unknown: Leave out images of classes that the model does not know.
         say: Told what a person should know besides the record, a line at a time.
 
@@ -81,14 +80,8 @@ def evaluate(
     metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
     seconds = time.perf_counter() - start
     if details is not None and accelerator.is_main_process:
-        folder = RunFolder(details)
-        write_class_rows(folder.per_class, class_rows(metrics.confusion, data.class_names))
-        plot_confusion(
-            folder.confusion,
-            metrics.confusion,
-            data.class_names,
-            f"{recipe.model} on {recipe.data}, {split}",
-        )
+        title = f"{recipe.model} on {recipe.data}, {split}"
+        write_classes(RunFolder(details), metrics, data.class_names, title)
     return Record(
         kind="evaluate",
         model=recipe.model,
@@ -128,6 +121,13 @@ def open_published(
         arguments["in_chans"] = recipe.in_chans
     model, _ = build_model(recipe.model, img_size=recipe.img_size, pretrained=True, **arguments)
     preprocessing = Preprocessing.of_model(model, recipe.img_size, arguments.get("in_chans"))
+    if is_multi_label(model):
+        recipe = dataclasses.replace(recipe, multi_label=True, loss="bce")
+    elif recipe.multi_label:
+        raise UsageError(
+            f"{recipe.model} gives an image one class, and multi_label=true is for several; drop "
+            "it, or train a model with it first."
+        )
     num_classes: Any = model.num_classes
     fitted = dataclasses.replace(
         recipe,

@@ -13,7 +13,7 @@ from timm_xformers.errors import UserError
 from timm_xformers.predicting.classes import class_names
 from timm_xformers.predicting.images import open_image
 from timm_xformers.recipe import weights_of
-from timm_xformers.training.build import build_model, check_input
+from timm_xformers.training.build import build_model, check_input, is_multi_label
 
 __all__ = ["Guess", "Looker", "Prediction", "Unreadable", "predict"]
 
@@ -36,6 +36,13 @@ class Guess:
 
 
 @dataclass(frozen=True)
+class Mark(Guess):
+    """One of a picture's classes, where it may have several; present from a probability of 0.5."""
+
+    present: bool
+
+
+@dataclass(frozen=True)
 class Prediction:
     """A picture and its likeliest classes, likeliest first."""
 
@@ -51,13 +58,16 @@ class Unreadable:
     reason: str
 
 
-def predict(name: str, images: Sequence[str], top_k: int = 5) -> Iterator[Prediction | Unreadable]:
+def predict(
+    name: str, images: Sequence[str], top_k: int | None = None
+) -> Iterator[Prediction | Unreadable]:
     """Classify pictures, prepared as the weights expect them.
 
     Args:
         name: A name that timm has weights for, or a run folder.
         images: Files and addresses.
-        top_k: Classes per picture; fewer if the model has fewer.
+        top_k: Classes per picture; fewer if the model has fewer. None: 5, or all where a picture
+            may have several classes.
 
     Yields:
         One entry per picture, in their order.
@@ -93,6 +103,7 @@ class Looker:
                 f"{name} takes images with {self.expects.in_chans} channels, and pictures have 1 "
                 "or 3; use another model."
             )
+        self.multi_label = is_multi_label(self.model)
         check_input(self.model, self.expects.shape)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device).eval()
@@ -115,13 +126,17 @@ class Looker:
         return (torch.stack([*pixels]).to(self.device).float() - mean) / std
 
     @torch.inference_mode()
-    def guess(self, images: Tensor, top_k: int) -> list[tuple[Guess, ...]]:
-        """The likeliest classes of each image (B, C, H, W), likeliest first."""
-        shares = self.model(images).float().softmax(dim=-1).cpu()  # (B, num_classes)
-        best = shares.topk(min(top_k, shares.shape[1]), dim=-1)
+    def guess(self, images: Tensor, top_k: int | None) -> list[tuple[Guess, ...]]:
+        """The likeliest classes of each image (B, C, H, W), likeliest first; see `predict`."""
+        logits = self.model(images).float().cpu()  # (B, num_classes)
+        shares = logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
+        count = shares.shape[1]
+        best = shares.topk(min(top_k or (count if self.multi_label else 5), count), dim=-1)
         return [
             tuple(
-                Guess(label, self.names[label], probability)
+                Mark(label, self.names[label], probability, probability >= 0.5)
+                if self.multi_label
+                else Guess(label, self.names[label], probability)
                 for label, probability in zip(labels, probabilities, strict=True)
             )
             for labels, probabilities in zip(

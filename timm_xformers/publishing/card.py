@@ -11,6 +11,7 @@ from timm_xformers.data.known_sets import describe
 from timm_xformers.files.tables import markdown_table
 from timm_xformers.publishing.finished_run import public_settings
 from timm_xformers.recipe import Recipe, load_recipe, shipped_recipes
+from timm_xformers.records.headline import MAP
 from timm_xformers.records.results_json import Record
 
 __all__ = ["LICENSE", "Card", "changed_settings", "reproduction", "write_card"]
@@ -60,17 +61,21 @@ class Card:
 def write_card(card: Card) -> str:
     """The whole file."""
     data = describe(card.trained.data)
-    accuracies = {"Top-1 accuracy, %": card.tested.test_top1_percent}
-    if card.tested.num_classes > 5:  # else five guesses cannot miss
-        accuracies["Top-5 accuracy, %"] = card.tested.test_top5_percent
+    headline, tested = card.tested.headline, card.tested
+    several = headline is MAP
+    # Name -> what the Hub calls the metric, and its value.
+    figures = {headline.words: (headline.metric, tested.percent("test"))}
+    for word, value in headline.beside_of(tested, "test").items():
+        words, metric = (word, "f1") if several else ("Top-5 accuracy", headline.metric)
+        figures[words] = metric, value
     head = ModelCardData(
         license=card.license,
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=list(TAGS),
+        tags=[*TAGS, "multi-label"] if several else list(TAGS),
         datasets=None if data.hub_id is None else [data.hub_id],
         base_model=card.base_model,
-        metrics=["accuracy"],
+        metrics=list(dict.fromkeys(metric for metric, _ in figures.values())),
         model_name=card.title,
         eval_results=[
             EvalResult(
@@ -79,11 +84,11 @@ def write_card(card: Card) -> str:
                 dataset_type=data.hub_id or card.trained.data,
                 dataset_name=data.title,
                 dataset_split="test",
-                metric_type="accuracy",
-                metric_name=name,
+                metric_type=metric,
+                metric_name=f"{name}, %",
                 metric_value=value,
             )
-            for name, value in accuracies.items()
+            for name, (metric, value) in figures.items()
         ],
     )
     phases = [("training", card.trained)]
@@ -95,6 +100,7 @@ def write_card(card: Card) -> str:
         template_path=str(TEMPLATE),
         **fields,
         data=data,
+        several=several,
         results=_results(card),
         replaced=bool(card.recipe.replace),
         settings=changed_settings(card.recipe),
@@ -143,14 +149,19 @@ def _results(card: Card) -> str:
         parts.insert(0, (f"test, {tested.weights_dtype} weights, as they load", tested, "test"))
     if trained.val_images is not None:
         parts.append(("validation, as trained", trained, "val"))
+    headline = tested.headline
     rows = []
     for words, record, split in parts:
-        names = ("images", "top1_percent", "top1_interval_percent", "top5_percent", "loss")
-        images, top1, (low, high), top5, loss = (getattr(record, f"{split}_{n}") for n in names)
-        second = f"{top5:.2f}" if record.num_classes > 5 else "-"
-        figures = [f"{images:,}", f"{top1:.2f}", f"{low:.2f} to {high:.2f}", second]
+        images, loss = (getattr(record, f"{split}_{name}") for name in ("images", "loss"))
+        figures = [f"{images:,}", f"{headline.of(record, split):.2f}"]
+        if ends := headline.interval_of(record, split):
+            figures.append("{:.2f} to {:.2f}".format(*ends))
+        shown = headline.beside_of(record, split)
+        figures += [f"{shown[w]:.2f}" if w in shown else "-" for w in headline.beside.values()]
         rows.append([words, *figures, f"{loss:.4f}"])
-    heads = ["images of", "number", "top-1 %", "95 % interval", "top-5 %", "loss"]
+    interval = [] if headline is MAP else ["95 % interval"]
+    beside_heads = [f"{word} %" for word in headline.beside.values()]
+    heads = ["images of", "number", f"{headline.word} %", *interval, *beside_heads, "loss"]
     return "\n".join(markdown_table(heads, rows, "lrrlrr"))
 
 

@@ -63,7 +63,7 @@ def open_finished(root: Path) -> FinishedRun:
         raise UserError(
             f"{folder.record} is damaged ({' '.join(str(error).split())}); restore it."
         ) from error
-    if record.test_top1_percent is None:
+    if record.percent("test") is None:
         raise UserError(f"{root} was never tested; use a data set with a test split.")
     config = json.loads((folder.best / "config.json").read_text(encoding="utf-8"))
     return FinishedRun(folder, record, load_recipe(str(folder.recipe), {}), config)

@@ -4,10 +4,17 @@ import csv
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 from timm_xformers.files.atomic import write_text
 
 __all__ = ["EpochRow", "read_history", "write_history"]
+
+# Of one class an image, and of several: what is empty in all rows of a kind has no columns.
+KINDS = (
+    ("train_top1_percent", "val_top1_percent", "val_top5_percent"),
+    ("val_map_percent", "val_f1_micro_percent", "val_f1_macro_percent"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +35,10 @@ class EpochRow:
         train_images: Images trained on, all processes together.
         wait_seconds: Part of train_seconds spent waiting for data.
         cpu_seconds: Processor time in train_seconds, of all threads of the first process.
+        val_map_percent: With several classes an image: mean average precision, in the place of
+            top1 and top5, whose columns such a file has not, as others have not these.
+        val_f1_micro_percent: F1 of all marks.
+        val_f1_macro_percent: Mean over classes of F1.
     """
 
     epoch: int
@@ -41,17 +52,23 @@ class EpochRow:
     train_images: int
     wait_seconds: float
     cpu_seconds: float | None = None
+    val_map_percent: float | None = None
+    val_f1_micro_percent: float | None = None
+    val_f1_macro_percent: float | None = None
 
 
 def write_history(path: Path, rows: list[EpochRow]) -> None:
     """Replace the file by these rows."""
     names = [field.name for field in dataclasses.fields(EpochRow)]
+    for kind in KINDS:
+        if rows and all(getattr(row, name) is None for row in rows for name in kind):
+            names = [name for name in names if name not in kind]
     text = io.StringIO()
     writer = csv.DictWriter(text, names)
     writer.writeheader()
     for row in rows:
         values = dataclasses.asdict(row)
-        writer.writerow({k: "" if v is None else repr(v) for k, v in values.items()})
+        writer.writerow({k: "" if values[k] is None else repr(values[k]) for k in names})
     write_text(path, text.getvalue())
 
 
@@ -60,9 +77,10 @@ def read_history(path: Path) -> list[EpochRow]:
     if not path.exists():
         return []
     whole = {"epoch", "train_images"}
+    absent: dict[str, Any] = {name: None for kind in KINDS for name in kind}
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            EpochRow(**{k: _number(v, k in whole) for k, v in row.items()})  # type: ignore[arg-type]
+            EpochRow(**absent | {k: _number(v, k in whole) for k, v in row.items()})
             for row in csv.DictReader(file)
         ]
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 import timm_xformers
 from timm_xformers.files.atomic import write_text
+from timm_xformers.records.headline import Headline, headline_of
 
 if TYPE_CHECKING:
-    from timm_xformers.training.metrics import Metrics
+    from timm_xformers.training.metrics import AnyMetrics
 
 __all__ = [
     "Record",
@@ -55,6 +56,10 @@ class Record:
         val_top1_percent: Accuracy on them.
         val_top1_interval_percent: Its 95 % Wilson interval.
         val_top5_percent: Accuracy with five guesses.
+        val_map_percent: With several classes an image, in the place of these: mean over classes of
+            the average precision.
+        val_f1_micro_percent: F1 of all marks from a probability of 0.5.
+        val_f1_macro_percent: Mean over classes of F1.
         val_loss: Mean cross-entropy.
         val_agreement_percent: Images whose best class is the teacher's.
         val_teacher_top1_percent: The teacher's accuracy on them.
@@ -97,6 +102,9 @@ class Record:
     val_top1_percent: float | None = None
     val_top1_interval_percent: list[float] | None = None
     val_top5_percent: float | None = None
+    val_map_percent: float | None = None
+    val_f1_micro_percent: float | None = None
+    val_f1_macro_percent: float | None = None
     val_loss: float | None = None
     val_agreement_percent: float | None = None
     val_teacher_top1_percent: float | None = None
@@ -104,6 +112,9 @@ class Record:
     test_top1_percent: float | None = None
     test_top1_interval_percent: list[float] | None = None
     test_top5_percent: float | None = None
+    test_map_percent: float | None = None
+    test_f1_micro_percent: float | None = None
+    test_f1_macro_percent: float | None = None
     test_loss: float | None = None
     test_agreement_percent: float | None = None
     test_teacher_top1_percent: float | None = None
@@ -140,6 +151,27 @@ class Record:
             notes.append(f"left out: {self.skipped_images} image{plural} that cannot be read")
         return "; ".join(notes)
 
+    @property
+    def headline(self) -> Headline:
+        """Which figure counts."""
+        return headline_of(self)
+
+    def percent(self, split: str) -> float | None:
+        """The headline on a split; None if it was not measured."""
+        value: float | None = self.headline.of(self, split)
+        return value
+
+    def figures(self, split: str, *, beside: bool = True) -> str:
+        """All figures on a split in a few words, or the headline alone; empty if there are none."""
+        percent = self.percent(split)
+        if percent is None:
+            return ""
+        ends = self.headline.interval_of(self, split)
+        interval = f" (95 %: {ends[0]} to {ends[1]})" if ends else ""
+        others = self.headline.beside_of(self, split) if beside else {}
+        parts = [f"{word} {value:.2f} %" for word, value in others.items()]
+        return ", ".join([f"{self.headline.word} {percent:.2f} %{interval}", *parts])
+
     def save(self, path: Path) -> None:
         """Write as JSON."""
         write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -150,28 +182,22 @@ class Record:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def split_fields(split: str, metrics: "Metrics") -> dict[str, Any]:
+def split_fields(split: str, metrics: "AnyMetrics") -> dict[str, Any]:
     """The fields of a record about one split.
 
     Args:
         split: ``val`` or ``test``.
         metrics: Figures over it.
     """
-    low, high = wilson_interval(metrics.top1, metrics.images)
-    compared = {"agreement": metrics.agreed, "teacher_top1": metrics.teacher_top1}
-    return {
-        f"{split}_images": metrics.images,
-        f"{split}_top1_percent": round(metrics.top1_percent, 4),
-        f"{split}_top1_interval_percent": [round(100 * low, 2), round(100 * high, 2)],
-        f"{split}_top5_percent": round(metrics.top5_percent, 4),
-        # Six digits are the same whatever the batch size; the rest is order of summation.
-        f"{split}_loss": float(f"{metrics.loss:.5g}"),
-        **{
-            f"{split}_{name}_percent": round(100 * count / metrics.images, 4)
-            for name, count in compared.items()
-            if count is not None
-        },
+    fields: dict[str, Any] = {
+        f"{split}_{name}_percent": round(percent, 4) for name, percent in metrics.percents.items()
     }
+    if (right := getattr(metrics, "top1", None)) is not None:  # a share, of which much is known
+        ends = wilson_interval(right, metrics.images)
+        fields[f"{split}_top1_interval_percent"] = [round(100 * end, 2) for end in ends]
+    # Six digits are the same whatever the batch size; the rest is order of summation.
+    loss = float(f"{metrics.loss:.5g}")
+    return {f"{split}_images": metrics.images, f"{split}_loss": loss, **fields}
 
 
 @functools.cache

@@ -15,7 +15,13 @@ from timm_xformers.files.atomic import MANIFEST_FILE, find_damage, sha256_of
 from timm_xformers.layers.layout import complete_token_layout
 from timm_xformers.replace import replace_attention
 
-__all__ = ["build_model", "check_input", "replace_in", "weights_name"]
+__all__ = [
+    *("MULTI_LABEL", "build_model", "check_input", "is_multi_label", "replace_in", "weights_name")
+]
+
+# Among the notes of a model's configuration, where images may have several classes; the word is
+# transformers'.
+MULTI_LABEL = "multi_label_classification"
 
 # What models raise at arguments, weights and inputs that do not fit them.
 FAILURES = (
@@ -117,6 +123,11 @@ def weights_name(name: str, model: Any) -> str:
     if prefix == "hf-hub" or "." in name:
         return name
     return f"{name}.{config.get('tag')}"
+
+
+def is_multi_label(model: Any) -> bool:
+    """Whether a model's weights say that an image may have several classes."""
+    return MULTI_LABEL in (model.pretrained_cfg.get("notes") or ())
 
 
 def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:

@@ -19,6 +19,7 @@ from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import find_damage, previous_of, write_folder
 from timm_xformers.records.results_csv import EpochRow, read_history, write_history
+from timm_xformers.training.build import MULTI_LABEL
 from timm_xformers.training.loop import EpochSums
 
 __all__ = ["Checkpoint", "ModelInfo", "Progression", "open_last", "save_best", "save_last"]
@@ -49,7 +50,7 @@ class Progression:
         sums: Of the epoch after them, for each process; empty before its first update.
         updates: Optimiser updates.
         best_epoch: Epoch whose weights are in best/; 0 before the first.
-        best_top1: Validation images it got right.
+        best_score: Validation images it got right, or mAP with several classes an image.
         best_loss: Its validation loss.
         aligning: Whether the state is of the part that aligns layers with a teacher's.
     """
@@ -59,7 +60,7 @@ class Progression:
     sums: tuple[EpochSums, ...] = ()
     updates: int = 0
     best_epoch: int = 0
-    best_top1: int = -1
+    best_score: float = -1
     best_loss: float = math.inf
     aligning: bool = False
 
@@ -79,11 +80,13 @@ class ModelInfo:
         model_args: Arguments that build the model again, by name.
         preprocessing: What the weights expect of an image.
         class_names: By label; empty if unknown.
+        multi_label: Whether an image may have several classes.
     """
 
     model_args: dict[str, Any]
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
+    multi_label: bool = False
 
 
 def save_best(folder: Path, model: nn.Module, info: ModelInfo) -> None:
@@ -164,6 +167,8 @@ def open_last(folder: Path) -> Checkpoint:
             complaints.append(f"{candidate}: {damage}")
             continue
         values = json.loads((candidate / PROGRESSION_FILE).read_text(encoding="utf-8"))
+        if "best_top1" in values:  # as it was called before there were other scores
+            values["best_score"] = values.pop("best_top1")
         values["sums"] = tuple(EpochSums(**sums) for sums in values["sums"])
         rows = read_history(candidate / HISTORY_FILE)
         # A folder that is not there was being replaced, and the one before it is the newest.
@@ -188,13 +193,17 @@ def _export(folder: Path, model: nn.Module, info: ModelInfo) -> None:
         # What follows describes published weights, and these are none.
         **dict.fromkeys(PUBLISHED_ONLY),
     )
+    described: dict[str, Any] = {"label_names": list(class_names)} if class_names else {}
+    if info.multi_label:
+        config["notes"] = (MULTI_LABEL,)  # timm keeps these, and nothing beside them
+        described["problem_type"] = MULTI_LABEL  # for transformers
     exported.pretrained_cfg = config
     packing = exported.register_state_dict_post_hook(_pack)
     try:
         save_for_hf(
             model,
             str(folder),
-            model_config={"label_names": list(class_names)} if class_names else None,
+            model_config=described,
             model_args=info.model_args,
             safe_serialization=True,
         )

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from timm_xformers.data.sampling import (
 )
 from timm_xformers.errors import DivergedError, UsageError
 from timm_xformers.training.metrics import add_up
+from timm_xformers.training.optim import Mix
 from timm_xformers.training.teacher import Teacher
 
 __all__ = ["EpochStats", "EpochSums", "Trainer"]
@@ -62,7 +62,8 @@ class EpochStats:
     Attributes:
         loss: Mean of the training loss.
         top1_percent: Right answers on the augmented images, before each update; of two mixed
-            images, the heavier one counts. None where layers alone were trained.
+            images, the heavier one counts. None where layers alone were trained, or images have
+            several classes.
         seconds: Wall time.
         wait_seconds: Part of it spent waiting for batches.
         images: Images trained on.
@@ -101,6 +102,7 @@ class Trainer:
         max_seconds: Budget of processor seconds, if there is one.
         teacher: What is learned from, besides or instead of labels.
         align_epochs: First epochs of the run, in which a teacher's layers are matched.
+        multi_label: Whether an image may have several classes.
         updates: Updates so far.
         cpu_seconds: Processor seconds of training so far.
     """
@@ -111,7 +113,7 @@ class Trainer:
     optimizer: Optimizer
     scheduler: Scheduler | None
     criterion: nn.Module
-    mixup: Mixup | None
+    mixup: Mix | None
     ema: ModelEmaV3 | None
     clip_grad: float
     grad_accum_steps: int
@@ -124,6 +126,7 @@ class Trainer:
     max_seconds: float | None = None
     teacher: Teacher | None = None
     align_epochs: int = 0
+    multi_label: bool = False
     updates: int = 0
     cpu_seconds: float = 0.0
 
@@ -140,8 +143,8 @@ class Trainer:
         Args:
             data: Training images.
             epoch: Number of the epoch; decides the order.
-            on_progress: Told now and then: batches done, mean loss, accuracy in percent (None
-                while layers are aligned) and images per second of the epoch so far.
+            on_progress: Told now and then: batches done, mean loss, accuracy in percent (None as
+                in `EpochStats`) and images per second of the epoch so far.
             on_update: Called after every update but the last, with a function that gives the sums
                 so far. That is where an epoch can be left and continued.
             sums: Of the batches that are done.
@@ -186,13 +189,13 @@ class Trainer:
             self.cpu_seconds = cpu_before + time.process_time() - cpu_start
             if number - group == group_size - 1:
                 self.step_schedule(epoch, number + 1, len(order))
-            watch.add(loss, logits, targets)
+            watch.add(loss, logits if self.counting else None, targets)
             now = time.perf_counter()
             if on_progress and now - reported > REPORT_SECONDS:
                 reported = now
                 mean_loss, top1_percent = watch.read()
                 speed = sums.images * world_size / (now - start)
-                top1 = None if self.aligning else top1_percent
+                top1 = top1_percent if self.counting else None
                 on_progress(number + 1, mean_loss, top1, speed)
             if number - group == group_size - 1 and (self.spent or self.is_aligned(epoch)):
                 break
@@ -204,7 +207,7 @@ class Trainer:
         ).tolist()
         return EpochStats(
             loss=loss / passes,
-            top1_percent=None if self.aligning else 100 * right / images_seen,
+            top1_percent=100 * right / images_seen if self.counting else None,
             seconds=sums.seconds,
             wait_seconds=sums.wait_seconds,
             images=int(images_seen),
@@ -227,6 +230,11 @@ class Trainer:
     def aligning(self) -> bool:
         """Whether single layers are trained to match a teacher's."""
         return self.teacher is not None and self.teacher.aligning
+
+    @property
+    def counting(self) -> bool:
+        """Whether answers can be right: whole models give them, for one class an image."""
+        return not (self.aligning or self.multi_label)
 
     def is_aligned(self, epoch: int) -> bool:
         """Whether the part of the run that aligns layers is over at some point of an epoch."""
@@ -267,7 +275,7 @@ class Trainer:
 
         Returns:
             Loss, logits (B, classes), which there are none of while layers are aligned, and
-            targets: labels (B,), or what mixup made of them, (B, classes).
+            targets: labels (B,), or marks or what mixup made of either, (B, classes).
         """
         accelerator = self.accelerator
         targets = labels

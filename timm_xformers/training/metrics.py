@@ -1,23 +1,32 @@
 """Evaluation on any number of processes."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_xformers.data.data import Batches
 from timm_xformers.data.sampling import eval_batches
+from timm_xformers.data.targets import are_marks
+from timm_xformers.files.tables import write_csv
+from timm_xformers.records.confusion import class_rows, plot_confusion, write_class_rows
+from timm_xformers.records.headline import MAP, TOP1
+from timm_xformers.records.run_folder import RunFolder
 from timm_xformers.training.sharding import equal_turns, is_sharded
 
-__all__ = ["Metrics", "add_up", "evaluate_model"]
+__all__ = ["AnyMetrics", "MarkMetrics", "Metrics", "add_up", "evaluate_model", "write_classes"]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures over one split.
+    """Figures over one split whose images have one class each.
 
     Attributes:
         loss: Mean cross-entropy.
@@ -38,15 +47,67 @@ class Metrics:
     agreed: int | None = None
     teacher_top1: int | None = None
 
-    @property
-    def top1_percent(self) -> float:
-        """Share of right answers."""
-        return 100 * self.top1 / self.images
+    headline = TOP1
 
     @property
-    def top5_percent(self) -> float:
-        """Share of images whose five best classes hold the right one."""
-        return 100 * self.top5 / self.images
+    def score(self) -> float:
+        """What chooses the best epoch: right answers."""
+        return self.top1
+
+    @property
+    def percents(self) -> dict[str, float]:
+        """Shares of the images, as records call them."""
+        counts = {
+            "top1": self.top1,
+            "top5": self.top5,
+            "agreement": self.agreed,
+            "teacher_top1": self.teacher_top1,
+        }
+        return {k: 100 * count / self.images for k, count in counts.items() if count is not None}
+
+
+@dataclass(frozen=True)
+class MarkMetrics:
+    """Figures over one split whose images may have several classes, as scikit-learn defines them.
+
+    A class is given from a probability of 0.5. Means over classes are of those that some image here
+    has: the others have no precision.
+
+    Attributes:
+        loss: Mean binary cross-entropy over images and classes.
+        images: Images seen.
+        f1_micro_percent: F1 over all marks together.
+        by_class: For each class (C,) the columns of per_class.csv: images that have it, and of its
+            marks average precision, precision, recall and F1 in percent.
+    """
+
+    loss: float
+    images: int
+    f1_micro_percent: float
+    by_class: Mapping[str, NDArray[Any]] = field(compare=False, repr=False)
+
+    headline = MAP
+
+    @property
+    def score(self) -> float:
+        """What chooses the best epoch: mAP in percent."""
+        return self.percents["map"]
+
+    @property
+    def percents(self) -> dict[str, float]:
+        """Mean average precision, and F1 over all marks and as a mean over classes."""
+        there = self.by_class["images"] > 0
+        precision, f1 = (
+            self.by_class[name] for name in ("average_precision_percent", "f1_percent")
+        )
+        return {
+            "map": float(precision[there].mean()),
+            "f1_micro": self.f1_micro_percent,
+            "f1_macro": float(f1[there].mean()),
+        }
+
+
+AnyMetrics = Metrics | MarkMetrics
 
 
 @torch.no_grad()
@@ -56,7 +117,7 @@ def evaluate_model(
     batch_size: int,
     accelerator: Accelerator,
     teacher: nn.Module | None = None,
-) -> Metrics:
+) -> AnyMetrics:
     """Evaluate a model on every image of a split exactly once.
 
     Each process takes every n-th batch and the sums are added up, so no image is seen twice, which
@@ -86,7 +147,7 @@ def evaluate_model(
             buffer.copy_(broadcast(buffer))
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64)
-    pairs: list[Tensor] = []
+    seen: list[Tensor] = []
     num_classes = 0
     for turn, (images, labels) in enumerate(data.batches(order)):
         with accelerator.autocast():
@@ -94,11 +155,17 @@ def evaluate_model(
             taught = None if teacher is None else teacher(images).argmax(dim=-1)  # (B,)
         if turn >= mine:  # computed because the others needed this process
             break
+        num_classes = logits.shape[-1]
+        if are_marks(labels):
+            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+            sums[0] += float(loss.cpu().double().sum())
+            sums[3] += len(labels)
+            seen.append(torch.stack([labels, logits]).cpu())  # (2, B, C)
+            continue
         losses = F.cross_entropy(logits, labels, reduction="none")
         best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (B, 5)
         hits = best == labels[:, None]
-        pairs.append(torch.stack([labels, best[:, 0]]).cpu())  # (2, B)
-        num_classes = logits.shape[-1]
+        seen.append(torch.stack([labels, best[:, 0]]).cpu())  # (2, B)
         values = [
             float(losses.cpu().double().sum()),
             int(hits[:, 0].sum()),
@@ -110,10 +177,12 @@ def evaluate_model(
         sums += torch.tensor(values, dtype=torch.float64)
     sums = add_up(accelerator, sums)
     # Objects, since the processes have different numbers of images.
-    none = torch.zeros(2, 0, dtype=torch.long)
-    cells = torch.cat(gather_object([torch.cat([none, *pairs], dim=1)]), dim=1)  # (2, images)
+    gathered = gather_object([torch.cat(seen, dim=1) if seen else None])
+    cells = torch.cat([each for each in gathered if each is not None], dim=1)  # (2, images, ...)
     width = max(gather_object([num_classes]))
     images_seen = int(sums[3])
+    if cells.dim() == 3:
+        return measure_marks(float(sums[0]) / images_seen, *cells.double().numpy())
     return Metrics(
         loss=float(sums[0]) / images_seen,
         top1=int(sums[1]),
@@ -124,6 +193,43 @@ def evaluate_model(
         ).coalesce(),
         agreed=None if teacher is None else int(sums[4]),
         teacher_top1=None if teacher is None else int(sums[5]),
+    )
+
+
+def measure_marks(loss: float, marks: NDArray[Any], logits: NDArray[Any]) -> MarkMetrics:
+    """Figures of marks and logits, each (images, C)."""
+    from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
+
+    images = marks.sum(0).astype(int)
+    names = ("average_precision", "precision", "recall", "f1")
+    figures, micro = np.full((4, len(images)), np.nan), np.nan
+    if np.isfinite(logits).all():  # else there are none
+        given = logits >= 0  # a probability of 0.5
+        figures[1:] = precision_recall_fscore_support(marks, given, zero_division=0)[:3]
+        micro = f1_score(marks, given, average="micro", zero_division=0)
+        for n in images.nonzero()[0]:
+            # By logits: far out, probabilities are all the same in float32.
+            figures[0, n] = average_precision_score(marks[:, n], logits[:, n])
+    columns = {f"{name}_percent": 100 * each for name, each in zip(names, figures, strict=True)}
+    return MarkMetrics(loss, len(marks), 100 * float(micro), {"images": images, **columns})
+
+
+def write_classes(
+    folder: RunFolder, metrics: AnyMetrics, class_names: Sequence[str], title: str
+) -> None:
+    """Write per_class.csv and, where an image has one class, confusion.png."""
+    if isinstance(metrics, Metrics):
+        write_class_rows(folder.per_class, class_rows(metrics.confusion, class_names))
+        plot_confusion(folder.confusion, metrics.confusion, class_names, title)
+        return
+    table = {key: values.tolist() for key, values in metrics.by_class.items()}
+    write_csv(
+        folder.per_class,
+        [
+            {"label": label, "class_name": name}
+            | {k: None if v[label] != v[label] else round(v[label], 2) for k, v in table.items()}
+            for label, name in enumerate(class_names)
+        ],
     )
 
 

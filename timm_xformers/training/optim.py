@@ -1,7 +1,7 @@
 """What updates the weights: timm's optimisers, schedules, losses, mixing and averaged weights."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm.optim
@@ -16,11 +16,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from timm_xformers.data.targets import are_marks, images_by_class
 from timm_xformers.errors import UsageError, nearest
 from timm_xformers.recipe import Recipe
 from timm_xformers.training.devices import emulates_bf16
 
 __all__ = [
+    "MarkLoss",
+    "Mix",
     "make_criterion",
     "make_ema",
     "make_mixup",
@@ -129,10 +132,19 @@ def make_scheduler(
     return scheduler
 
 
-def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    """Create timm's mixup and CutMix; the labels they return are soft, smoothing included."""
+# Images and labels of a batch, before and after they are mixed.
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def make_mixup(recipe: Recipe, num_classes: int) -> Mix | None:
+    """Create timm's mixup and CutMix; the labels they return are soft.
+
+    Smoothing is included, but for marks, which the loss smooths.
+    """
     if not (recipe.mixup or recipe.cutmix):
         return None
+    if recipe.multi_label:
+        return _mix_marks(recipe)
     return Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
@@ -141,14 +153,45 @@ def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
     )
 
 
+def _mix_marks(recipe: Recipe) -> Mix:
+    """The same for marks (B, classes): timm mixes numbers of images, and shares of these, marks."""
+    mixup: Any = Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, label_smoothing=0.0
+    )
+
+    def mix(images: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
+        mixup.num_classes = len(images)
+        images, shares = mixup(images, torch.arange(len(images), device=images.device))  # (B, B)
+        return images, shares @ marks
+
+    return mix
+
+
+class MarkLoss(nn.BCEWithLogitsLoss):
+    """Binary cross-entropy of marks (B, classes), each moved towards a half by smoothing.
+
+    Args:
+        smoothing: 1 becomes 1 - smoothing / 2, and 0 becomes smoothing / 2.
+        pos_weight: Factor of each class where an image has it (classes,).
+    """
+
+    def __init__(self, smoothing: float, pos_weight: Tensor | None) -> None:
+        super().__init__(pos_weight=pos_weight)
+        self.smoothing = smoothing
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of logits (B, classes)."""
+        return super().forward(input, target + self.smoothing * (0.5 - target))
+
+
 def make_criterion(
     recipe: Recipe, labels: Tensor, class_names: Sequence[str], num_classes: int
 ) -> nn.Module:
-    """The training loss that fits the labels: classes, or the soft labels of mixup.
+    """The training loss that fits the labels: classes, the soft labels of mixup, or marks.
 
     Args:
         recipe: Names the loss.
-        labels: Of the training images (N,), by which classes are balanced.
+        labels: Of the training images, (N,) or marks (N, classes), by which classes are balanced.
         class_names: By label; empty if unknown.
         num_classes: Width of the classifier.
 
@@ -157,6 +200,8 @@ def make_criterion(
     """
     weights = _class_weights(recipe.class_weights, labels, class_names, num_classes)
     mixed = bool(recipe.mixup or recipe.cutmix)
+    if are_marks(labels):
+        return MarkLoss(recipe.smoothing, weights)
     if recipe.loss == "bce":
         smoothing = 0.0 if mixed else recipe.smoothing  # else in the labels already
         return BinaryCrossEntropy(smoothing, weight=weights)
@@ -179,7 +224,9 @@ def _class_weights(
     if asked is None:
         return None
     if isinstance(asked, str):  # balanced
-        counts = labels.bincount(minlength=num_classes).float()
+        counts = images_by_class(labels, num_classes).float()
+        if are_marks(labels):
+            return (len(labels) - counts).clamp_min(1) / counts.clamp_min(1)
         return len(labels) / ((counts > 0).sum() * counts.clamp_min(1))
     numbers = {str(label): label for label in range(num_classes)}
     numbers |= {name: label for label, name in enumerate(class_names)}

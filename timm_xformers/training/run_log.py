@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from timm_xformers.recipe import Recipe
+from timm_xformers.records.headline import MAP, headline_of
 from timm_xformers.records.results_csv import EpochRow
 from timm_xformers.records.results_json import Record
 from timm_xformers.training.session import Session
@@ -133,15 +135,19 @@ def headline(session: Session, root: Path) -> str:
     )
 
 
-def epoch_line(row: EpochRow, epochs: int, remaining: str) -> str:
+def epoch_line(row: EpochRow, recipe: Recipe, remaining: str) -> str:
     """How an epoch went."""
-    text = f"epoch {row.epoch}/{epochs}  "
-    if row.train_top1_percent is None:
-        text += f"alignment: error {row.train_loss:.4f}"
-    else:
+    text = f"epoch {row.epoch}/{recipe.epochs}  "
+    if row.train_top1_percent is not None:
         text += f"loss {row.train_loss:.4f}  top-1 {row.train_top1_percent:.2f} %"
+    elif recipe.teacher is None:
+        text += f"loss {row.train_loss:.4f}"
+    else:
+        text += f"alignment: error {row.train_loss:.4f}"
+    headline = headline_of(row)
     if row.val_loss is not None:
-        text += f"  validation: loss {row.val_loss:.4f}  top-1 {row.val_top1_percent:.2f} %"
+        percent = headline.of(row, "val")
+        text += f"  validation: loss {row.val_loss:.4f}  {headline.word} {percent:.2f} %"
     return f"{text}  {row.train_images / row.train_seconds:.0f} images/s  {remaining} left"
 
 
@@ -149,12 +155,11 @@ def summary(record: Record) -> str:
     """How a run ended."""
     parts = [f"best epoch {record.best_epoch}" if record.epochs else "nothing was trained"]
     for name, split in (("validation", "val"), ("test", "test")):
-        top1, interval, agreed, taught = (
-            getattr(record, f"{split}_{figure}_percent")
-            for figure in ("top1", "top1_interval", "agreement", "teacher_top1")
+        if figures := record.figures(split, beside=record.headline is MAP):
+            parts.append(f"{name} {figures}")
+        agreed, taught = (
+            getattr(record, f"{split}_{figure}_percent") for figure in ("agreement", "teacher_top1")
         )
-        if top1 is not None and interval is not None:
-            parts.append(f"{name} top-1 {top1:.2f} % (95 %: {interval[0]} to {interval[1]})")
         if agreed is not None and taught is not None:
             parts.append(f"{agreed:.2f} % as the teacher, which has {taught:.2f} % right")
     if record.epochs:

@@ -24,7 +24,7 @@ from timm_xformers.training.build import build_model, check_input, replace_in, w
 from timm_xformers.training.compiling import compile_model
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.loop import EpochStats, EpochSums, Trainer
-from timm_xformers.training.metrics import Metrics, evaluate_model
+from timm_xformers.training.metrics import AnyMetrics, evaluate_model
 from timm_xformers.training.optim import (
     make_criterion,
     make_ema,
@@ -169,7 +169,7 @@ class Session:
         on_progress: Callable[[int, float, float | None, float], None] | None = None,
         on_update: Callable[[Callable[[], EpochSums]], None] | None = None,
         sums: EpochSums | None = None,
-    ) -> tuple[EpochStats, Metrics | None]:
+    ) -> tuple[EpochStats, AnyMetrics | None]:
         """Train what is left of an epoch, at its stage, and measure on the validation images.
 
         Args:
@@ -370,6 +370,7 @@ def _make_trainer(
         max_seconds=recipe.max_seconds,
         teacher=teacher,
         align_epochs=recipe.align_epochs,
+        multi_label=data.multi_label,
     )
     return preprocessing, model_args, replaced, trainer
 

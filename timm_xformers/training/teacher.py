@@ -30,7 +30,7 @@ from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError
 from timm_xformers.recipe import Recipe
 from timm_xformers.replace import attention_sites
-from timm_xformers.training.build import build_model, weights_name
+from timm_xformers.training.build import build_model, is_multi_label, weights_name
 from timm_xformers.training.compiling import compile_model
 
 __all__ = ["Teacher", "open_teacher", "relative_error"]
@@ -215,6 +215,11 @@ def open_teacher(recipe: Recipe) -> Teacher | None:
         return None
     model, _ = build_model(recipe.teacher, pretrained=True)
     model.eval().requires_grad_(False)
+    if is_multi_label(model):
+        raise UsageError(
+            f"teacher={recipe.teacher} gives an image several classes, and teachers are matched by "
+            "softmax, for one; choose another."
+        )
     for name in ("forward_features", "forward_head"):
         if not hasattr(model, name):
             raise UsageError(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from timm_xformers.errors import UserError, require_extra
 from timm_xformers.recipe import Recipe
+from timm_xformers.records.headline import headline_of
 from timm_xformers.records.results_csv import EpochRow
 from timm_xformers.records.results_json import Record
 
@@ -85,13 +86,14 @@ class Trackers:
 
     def log_epoch(self, row: EpochRow) -> None:
         """Send one epoch."""
+        headline = headline_of(row)
         values = {
             "train/loss": row.train_loss,
             "train/top1_percent": row.train_top1_percent,
             "train/lr": row.lr,
             "train/images_per_s": row.train_images / row.train_seconds,
             "val/loss": row.val_loss,
-            "val/top1_percent": row.val_top1_percent,
+            f"val/{headline.key}_percent": headline.of(row, "val"),
         }
         self._log(values, row.epoch)
 

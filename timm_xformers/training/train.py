@@ -17,7 +17,6 @@ from timm_xformers.data.loader import killed_worker
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import previous_of, recover, sweep
 from timm_xformers.recipe import NO_INFLUENCE, Recipe
-from timm_xformers.records.confusion import class_rows, plot_confusion, write_class_rows
 from timm_xformers.records.curves import plot_curves
 from timm_xformers.records.results_csv import EpochRow, write_history
 from timm_xformers.records.results_json import (
@@ -39,7 +38,7 @@ from timm_xformers.training.checkpoint import (
 )
 from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochStats, EpochSums
-from timm_xformers.training.metrics import Metrics, evaluate_model
+from timm_xformers.training.metrics import AnyMetrics, evaluate_model, write_classes
 from timm_xformers.training.run_log import RunLog, epoch_line, headline, summary
 from timm_xformers.training.session import Session, open_session
 from timm_xformers.training.sharding import gather_shards, place, whole_weights
@@ -48,7 +47,7 @@ from timm_xformers.training.trackers import Trackers, tracker_names
 
 __all__ = ["resume", "train"]
 
-NO_BEST: dict[str, Any] = {"best_epoch": 0, "best_top1": -1, "best_loss": math.inf}
+NO_BEST: dict[str, Any] = {"best_epoch": 0, "best_score": -1, "best_loss": math.inf}
 # How often several processes ask each other whether to save or stop.
 UPDATES_BETWEEN_QUESTIONS = 8
 
@@ -247,7 +246,7 @@ class _Run:
                         trackers.log_epoch(row)
                     self.save(reached)
                     left = log.remaining(session.steps_through(epoch), session.trainer.spent_share)
-                    log.say(epoch_line(row, recipe.epochs, left))
+                    log.say(epoch_line(row, recipe, left))
                     self._leave_if_asked(request.signum if epoch < recipe.epochs else 0)
                 if recipe.epochs == 0:
                     self._keep()
@@ -289,7 +288,7 @@ class _Run:
             reached = dataclasses.replace(
                 reached,
                 best_epoch=epoch,
-                best_top1=metrics.top1 if metrics else 0,
+                best_score=metrics.score if metrics else 0,
                 best_loss=metrics.loss if metrics else math.inf,
             )
             self._keep()
@@ -364,7 +363,7 @@ class _Run:
         place(accelerator, model)
         teacher = session.trainer.teacher
         measured: dict[str, Any] = {}
-        described: tuple[Metrics, str] | None = None  # the test set comes last, and goes first
+        described: tuple[AnyMetrics, str] | None = None  # the test set comes last, and goes first
         for name in ("val", "test"):
             if (batches := session.opened(name)) is not None:
                 metrics = evaluate_model(
@@ -414,11 +413,10 @@ class _Run:
             **environment(accelerator),
         )
 
-    def _write_classes(self, metrics: Metrics, split: str) -> None:
-        recipe, names = self.session.recipe, self.session.data.class_names
-        write_class_rows(self.folder.per_class, class_rows(metrics.confusion, names))
-        title = f"{self.session.model_name} on {recipe.data}, {split}: {metrics.top1_percent:.2f} %"
-        plot_confusion(self.folder.confusion, metrics.confusion, names, title)
+    def _write_classes(self, metrics: AnyMetrics, split: str) -> None:
+        percent = metrics.percents[metrics.headline.key]
+        title = f"{self.session.model_name} on {self.session.recipe.data}, {split}: {percent:.2f} %"
+        write_classes(self.folder, metrics, self.session.data.class_names, title)
 
 
 def _restore(session: Session, checkpoint: Checkpoint, root: Path) -> None:
@@ -456,28 +454,29 @@ def _recover_best(session: Session, folder: RunFolder, progression: Progression)
 
 
 def _info(session: Session) -> ModelInfo:
-    return ModelInfo(session.model_args, session.preprocessing, session.data.class_names)
+    data = session.data
+    return ModelInfo(session.model_args, session.preprocessing, data.class_names, data.multi_label)
 
 
-def _better(metrics: Metrics, progression: Progression) -> bool:
-    """More right answers; among equals, the lower loss."""
-    before = (progression.best_top1, -progression.best_loss)
-    return (metrics.top1, -metrics.loss) > before
+def _better(metrics: AnyMetrics, progression: Progression) -> bool:
+    """The higher score; among equals, the lower loss."""
+    before = (progression.best_score, -progression.best_loss)
+    return (metrics.score, -metrics.loss) > before
 
 
 def _row(
-    epoch: int, stats: EpochStats, metrics: Metrics | None, groups: list[dict[str, Any]]
+    epoch: int, stats: EpochStats, metrics: AnyMetrics | None, groups: list[dict[str, Any]]
 ) -> EpochRow:
+    percents: dict[str, Any] = {"top1": None, "top5": None} | (metrics.percents if metrics else {})
     return EpochRow(
         epoch=epoch,
         lr=max(float(group["lr"]) for group in groups),
         train_loss=stats.loss,
         train_top1_percent=stats.top1_percent,
         val_loss=metrics.loss if metrics else None,
-        val_top1_percent=metrics.top1_percent if metrics else None,
-        val_top5_percent=metrics.top5_percent if metrics else None,
         train_seconds=stats.seconds,
         train_images=stats.images,
         wait_seconds=stats.wait_seconds,
         cpu_seconds=stats.cpu_seconds,
+        **{f"val_{name}_percent": percent for name, percent in percents.items()},
     )

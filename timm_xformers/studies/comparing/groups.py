@@ -11,6 +11,7 @@ from typing import Any, Literal
 from timm_xformers.files.tables import cell_text
 from timm_xformers.recipe import NO_INFLUENCE
 from timm_xformers.records.find_runs import Run
+from timm_xformers.records.headline import MAP, Headline
 from timm_xformers.records.results_json import Record
 
 __all__ = [
@@ -72,17 +73,18 @@ class Estimate:
     Attributes:
         mean: Over the runs.
         deviation: Standard deviation of the sample of runs (n - 1); None for a single one.
-        low: Lower end of the interval.
+        low: Lower end of the interval; NaN where there is none.
         high: Upper end of it.
         method: ``t``: Student's interval of the mean over seeds. ``Wilson``: of a single run, over
-            the choice of images; ``Newcombe``: likewise, of a difference.
+            the choice of images; ``Newcombe``: likewise, of a difference. ``none``: there is none,
+            as of the mAP of a single run.
     """
 
     mean: float
     deviation: float | None
     low: float
     high: float
-    method: Literal["t", "Wilson", "Newcombe"]
+    method: Literal["t", "Wilson", "Newcombe", "none"]
 
 
 def mean_text(found: Estimate | None, sign: str = "") -> str:
@@ -95,7 +97,7 @@ def mean_text(found: Estimate | None, sign: str = "") -> str:
 
 def interval_text(found: Estimate | None, sign: str = "") -> str:
     """Both ends, and the first letter of the method."""
-    if found is None:
+    if found is None or found.method == "none":
         return ""
     return f"{found.low:{sign}.2f} to {found.high:{sign}.2f} *{found.method[0]}*"
 
@@ -136,9 +138,14 @@ class Group:
         """Largest value of a field."""
         return max(self.values(field), default=None)
 
-    def top1(self, metric: Metric) -> Estimate | None:
-        """Accuracy in percent; None if it was not measured."""
-        values = self.values(f"{metric}_top1_percent")
+    def score(self, metric: Metric, kind: Headline | None = None) -> Estimate | None:
+        """The headline in percent; None if it was not measured, or is not of the kind asked for."""
+        headline = self.record.headline
+        if kind not in (None, headline):
+            return None
+        values = self.values(f"{metric}_{headline.key}_percent")
+        if len(values) < 2 and headline is MAP:
+            return Estimate(values[0], None, math.nan, math.nan, "none") if values else None
         if len(values) < 2:
             intervals: Any = self.values(f"{metric}_top1_interval_percent")
             if not values or not intervals:
@@ -227,8 +234,8 @@ def sort_groups(groups: Sequence[Group], by: str, metric: Metric) -> list[Group]
     def key(group: Group) -> tuple[bool, float, str, str, str]:
         value: float | None
         if by == "accuracy":
-            top1 = group.top1(metric)
-            value = None if top1 is None else -top1.mean
+            score = group.score(metric)
+            value = None if score is None else -score.mean
         elif by == "memory":
             value = group.peak("peak_memory_mib")
         elif by == "name":

@@ -1,7 +1,9 @@
 """A comparison of runs: report.md with pictures, report.csv by group, runs.csv by run."""
 
 import dataclasses
+import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import write_text
 from timm_xformers.files.tables import cell_text, column_table, figure, write_csv
 from timm_xformers.records.find_runs import Skipped, find_runs
+from timm_xformers.records.headline import MAP, TOP1, Headline
 from timm_xformers.studies.comparing.groups import (
     METRICS,
     SAME,
@@ -35,10 +38,14 @@ COLUMNS: dict[str, Callable[[Group], Any]] = {
     "parameters": lambda g: f"{g.record.params:,}",
     "epochs": lambda g: figure(g.record.epochs, 0),
     "runs (seeds)": lambda g: f"{len(g.runs)}" + (f" ({cell_text(g.seeds)})" if g.seeds else ""),
-    "test top-1 %": lambda g: mean_text(g.top1("test")),
-    "95 %": lambda g: interval_text(g.top1("test")),
-    "validation top-1 %": lambda g: mean_text(g.top1("val")),
-    "95 % ": lambda g: interval_text(g.top1("val")),
+    "test top-1 %": lambda g: mean_text(g.score("test", TOP1)),
+    "test mAP %": lambda g: mean_text(g.score("test", MAP)),
+    "95 %": lambda g: interval_text(g.score("test")),
+    "test F1 micro %": lambda g: figure(g.mean("test_f1_micro_percent"), 2),
+    "test F1 macro %": lambda g: figure(g.mean("test_f1_macro_percent"), 2),
+    "validation top-1 %": lambda g: mean_text(g.score("val", TOP1)),
+    "validation mAP %": lambda g: mean_text(g.score("val", MAP)),
+    "95 % ": lambda g: interval_text(g.score("val")),
     "seconds": lambda g: figure(g.mean("seconds"), 1),
     "images/s": lambda g: figure(g.mean("images_per_s"), 0),
     "data wait %": lambda g: figure(g.mean("data_wait_percent"), 1),
@@ -79,7 +86,8 @@ def report(
         raise UserError(f"There is no finished run to compare: {reasons}{more}.")
     groups = sort_groups(group_runs(runs), sort, metric)
     output.mkdir(parents=True, exist_ok=True)
-    write_csv(output / "report.csv", map(_group_row, groups))
+    kinds = [kind for kind in (TOP1, MAP) if any(g.record.headline is kind for g in groups)]
+    write_csv(output / "report.csv", [_group_row(group, kinds) for group in groups])
     write_csv(
         output / "runs.csv",
         [
@@ -122,10 +130,11 @@ def _markdown(
     metric: Metric,
 ) -> str:
     records = [run.record for group in groups for run in group.runs]
+    words = " and ".join(dict.fromkeys(record.headline.word for record in records))
     lines = [f"# {count_runs(groups)}", "", *column_table(COLUMNS, groups, "llrrlr")]
     lines += [
         "",
-        f"Sorted by {f'{METRICS[metric]} top-1' if sort == 'accuracy' else sort}. Accuracies are "
+        f"Sorted by {f'{METRICS[metric]} {words}' if sort == 'accuracy' else sort}. Accuracies are "
         "means over the runs of a group ± standard deviation (n - 1). 95 % intervals marked *t* "
         "are Student's, of the mean over seeds on these images; those marked *W* are Wilson's, of "
         "a single run over the choice of images. Seconds are of training without validation; times "
@@ -164,6 +173,8 @@ def _notes(groups: list[Group]) -> list[str]:
         )
         if details:
             notes.append(f"mixed {kind}, so {effect}: {details} (runs in brackets).\n")
+    if len({record.headline for record in records}) > 1:
+        notes.append("top-1, of one class an image, and mAP, of several, do not compare.\n")
     sets = sorted({record.data for record in records})
     if len(sets) > 1:
         notes.append(f"accuracies on {', '.join(sets)} do not compare with one another.\n")
@@ -181,16 +192,16 @@ def _notes(groups: list[Group]) -> list[str]:
     return notes
 
 
-def _group_row(group: Group) -> dict[str, Any]:
-    """A line of report.csv."""
+def _group_row(group: Group, kinds: Sequence[Headline]) -> dict[str, Any]:
+    """A line of report.csv, with columns for these kinds of figures."""
     row: dict[str, Any] = {"label": group.label}
     row |= _cells({name: getattr(group.record, name) for name in SAME})
     row |= {"runs": len(group.runs), "seeds": cell_text(group.seeds)}
-    for metric in METRICS:
-        top1 = group.top1(metric)
+    for metric, kind in itertools.product(METRICS, kinds):
+        score = group.score(metric, kind)
         for field in dataclasses.fields(Estimate):
-            unit = "" if field.name == "method" else "_percent"
-            row[f"{metric}_top1_{field.name}{unit}"] = _rounded(getattr(top1, field.name, None))
+            name = field.name + ("" if field.name == "method" else "_percent")
+            row[f"{metric}_{kind.key}_{name}"] = _rounded(getattr(score, field.name, None))
     row |= {f"{name}_mean": _rounded(group.mean(name)) for name in MEANS}
     return row | {"peak_memory_mib_max": group.peak("peak_memory_mib")}
 
@@ -201,4 +212,6 @@ def _cells(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 4)
+    return value

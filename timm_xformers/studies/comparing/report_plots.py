@@ -83,15 +83,16 @@ def _pictures(
     groups: Sequence[Group], metric: Metric, costs: Mapping[str, Cost]
 ) -> dict[str, _Picture]:
     found = {}
-    y_label = f"{METRICS[metric].capitalize()} top-1 (%): mean, and small the runs"
+    words = " or ".join(dict.fromkeys(group.record.headline.word for group in groups))
+    y_label = f"{METRICS[metric].capitalize()} {words} (%): mean, and small the runs"
     for file, (title, label, values) in costs.items():
         points: dict[int, list[Point]] = {}
         for number, (group, value) in enumerate(zip(groups, values, strict=True)):
-            top1 = group.top1(metric)
-            if value and top1:
-                points[number] = [(value, top1.mean, group.values(f"{metric}_top1_percent"))]
+            score, key = group.score(metric), group.record.headline.key
+            if value and score:
+                points[number] = [(value, score.mean, group.values(f"{metric}_{key}_percent"))]
         found[file] = _Picture(title, label, y_label, False, points)
-    y_label = "Validation top-1 (%); band: lowest to highest seed"
+    y_label = f"Validation {words} (%); band: lowest to highest seed"
     for file, (title, label, places) in CURVES.items():
         curves = {number: _curve(group, places) for number, group in enumerate(groups)}
         points = {number: curve for number, curve in curves.items() if curve}
@@ -196,8 +197,8 @@ def _curve(group: Group, places: Places) -> list[Point]:
     values: dict[int, list[tuple[float, float]]] = {}
     for run in group.runs:
         for row, place in zip(run.rows, places(run.rows), strict=False):
-            if row.val_top1_percent is not None:
-                values.setdefault(row.epoch, []).append((place, row.val_top1_percent))
+            if (percent := group.record.headline.of(row, "val")) is not None:
+                values.setdefault(row.epoch, []).append((place, percent))
     found: list[Point] = []
     for epoch in sorted(values):
         where, top1 = zip(*values[epoch], strict=True)

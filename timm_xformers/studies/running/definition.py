@@ -186,6 +186,11 @@ def _recipe(values: Any, path: Path) -> Recipe:
                 "and --output."
             )
     recipe = load_recipe(None if base is None else str(base), settings)
+    if recipe.multi_label:
+        raise UsageError(
+            f"{path}: the recipe sets multi_label, and a study compares top-1, of one class an "
+            "image; train runs of your own, and compare them by report."
+        )
     if not recipe.epochs:
         raise UsageError(f"{path}: the recipe sets epochs=0, and a study trains; use 1 or more.")
     sides = [entry["img_size"] for entry in recipe.stages if "img_size" in entry]

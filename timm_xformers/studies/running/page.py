@@ -304,7 +304,7 @@ def _table(study: Study, rows: Sequence[Row]) -> list[str]:
 
 
 def _top1(row: Row, metric: Metric) -> Estimate | None:
-    return None if row.group is None else row.group.top1(metric)
+    return None if row.group is None else row.group.score(metric)
 
 
 def _seeds(row: Row) -> str:

@@ -22,7 +22,7 @@ from timm_xformers.data.data import Data, open_data, refuse_unread
 from timm_xformers.data.known_sets import KNOWN_SETS
 from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.split import PilImages, Split, split_of
-from timm_xformers.errors import DivergedError, UserError
+from timm_xformers.errors import DivergedError, UsageError, UserError
 from timm_xformers.files.atomic import write_text
 from timm_xformers.recipe import Recipe, override
 from timm_xformers.training.session import Session, open_session
@@ -116,6 +116,11 @@ def open_folds(recipe: Recipe, count: int, *, decoded: bool = False) -> Folds:
     Raises:
         UserError: The data is missing, or a class has too few images.
     """
+    if recipe.multi_label:
+        raise UsageError(
+            "select deals images out by class and judges by top-1, for one class an image; drop "
+            "multi_label, or compare runs of your own by report."
+        )
     data = open_data(dataclasses.replace(recipe, val_fraction=0.0))
     train = data.train
     if decoded and recipe.data in KNOWN_SETS:  # small sets
@@ -221,9 +226,10 @@ def run_fold(
             trained = epoch
             if metrics is None:
                 continue
-            top1.append(metrics.top1_percent)
+            percent = metrics.percents[metrics.headline.key]
+            top1.append(percent)
             losses.append(metrics.loss)
-            if go_on is not None and not go_on(epoch, metrics.top1_percent) and epoch < epochs:
+            if go_on is not None and not go_on(epoch, percent) and epoch < epochs:
                 return result("pruned")
     except DivergedError as error:
         return result("diverged", error)
