@@ -57,7 +57,7 @@ def test_file_gives_the_models_logits_at_any_batch_size(done):
     assert path.name == f"model{path.suffix}"
     assert done.batch_sizes == [1, 2, 5]
     assert done.difference < 1e-5
-    assert done.same_top1_percent == 100
+    assert done.same_answer_percent == 100
     assert done.images_per_s > 0 < done.model_images_per_s
     assert {entry.name for entry in path.parent.iterdir()} >= {path.name, sheet_of(path).name}
     assert not list(path.parent.glob(".txf-*"))

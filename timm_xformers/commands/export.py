@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{path}: {FORMATS[path.suffix]}, {done.megabytes:.2f} MB{free}")
     print(
         f"logits: {done.difference:.1e} of their norm from PyTorch's at batch {batches}, "
-        f"{done.same_answer_percent:.0f} % of images in the same class"
+        f"{done.same_answer_percent:.0f} % of images with the same answer"
     )
     print(f"images/s on this CPU: {done.images_per_s:,.1f}, PyTorch {done.model_images_per_s:,.1f}")
     if path.suffix:
