@@ -9,8 +9,6 @@ from timm_xformers.commands.evaluate import recipe_of
 from timm_xformers.commands.options import given_values, positive
 from timm_xformers.errors import require_extra
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "measure what cheaper attention would cost a trained model, and propose which blocks get it"
 
 

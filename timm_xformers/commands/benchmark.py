@@ -11,8 +11,6 @@ from timm_xformers.benchmarking.settings import (
 )
 from timm_xformers.errors import UsageError, nearest, require_extra
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "time attention layers or models against timm's exact attention and other packages"
 
 FLAGS = flags()

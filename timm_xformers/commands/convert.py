@@ -7,8 +7,6 @@ from pathlib import Path
 
 from timm_xformers.errors import UsageError, require_extra
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "round a run's best weights to float16, test them and write them to a folder"
 
 

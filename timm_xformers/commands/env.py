@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "show versions, devices, threads and extras, for a report of a fault"
 
 PACKAGES = (

@@ -4,18 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from timm_xformers.commands.options import MODEL_HELP
 from timm_xformers.errors import require_extra
-
-__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "draw what a model looks at, block by block, whatever its attention"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's flags."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="timm name, hf-hub:OWNER/NAME, local-dir:FOLDER or a run"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("image", metavar="IMAGE", help="file or http(s) address")
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="the picture to write, such as maps.png"

@@ -3,19 +3,15 @@
 import argparse
 from pathlib import Path
 
-from timm_xformers.commands.options import positive
+from timm_xformers.commands.options import MODEL_HELP, positive
 from timm_xformers.recipe import weights_of
-
-__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "write a model as ONNX, ExportedProgram, OpenVINO or folder; compare and time it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's flags."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="timm name, hf-hub:OWNER/NAME, local-dir:FOLDER or a run"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--output",
         required=True,

@@ -12,8 +12,6 @@ from timm_xformers.commands.options import positive
 from timm_xformers.errors import UsageError
 from timm_xformers.files.tables import cell_text, csv_text, markdown_table, text_table
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "list our models with their size, cost and memory, or the mechanisms (--attention)"
 
 SORT = ("name", "params", "gmacs", "memory")

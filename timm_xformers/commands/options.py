@@ -1,20 +1,29 @@
 """Flags that every command with a recipe shares."""
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from timm_xformers.recipe import Recipe, load_recipe, parse_assignments, shipped_recipes
 
-__all__ = ["MODEL_HELP", "add_recipe_options", "given_values", "positive", "recipe_from"]
+__all__ = [
+    "MODEL_HELP",
+    "add_recipe_options",
+    "add_run_options",
+    "given_values",
+    "plan_or_train",
+    "positive",
+    "recipe_from",
+    "say_results",
+]
 
 # Flags with the name of a recipe field.
 FIELDS = (
     *("model", "data", "data_dir", "labels", "classes", "limit", "epochs", "batch_size"),
     *("img_size", "seed", "output", "num_processes", "pretrained", "align_epochs"),
 )
-
-
 MODEL_HELP = (
     "timm name, with NAME.TAG from its weights; a run folder, local-dir:FOLDER or hf-hub:OWNER/NAME"
 )
@@ -59,6 +68,40 @@ def add_recipe_options(parser: argparse.ArgumentParser, *, with_model: bool = Tr
         f"Recipes: {', '.join(shipped_recipes())}. `timm-xformers recipe NAME` prints one, "
         "`timm-xformers recipe KEY` explains a setting."
     )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a training that `plan_or_train` does."""
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="at most N training images, evenly from all classes"
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="run folder to create; default runs/MODEL-DATA-N"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and what it would cost, measured on a few steps",
+    )
+
+
+def plan_or_train(args: argparse.Namespace, recipe: Recipe, notes: Sequence[str] = ()) -> None:
+    """Train, and say where the results are; with --dry-run, say what that would cost."""
+    if args.dry_run:
+        from timm_xformers.planning.dryrun import dry_run
+
+        print(dry_run(recipe, notes))
+        return
+    from timm_xformers.training.train import train
+
+    folder, _ = train(recipe, notes)
+    say_results(folder)
+
+
+def say_results(folder: Any) -> None:
+    """Say where the results of a run are, once for all of its processes."""
+    if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch
+        print(f"Results are in {folder.root}")
 
 
 def given_values(args: argparse.Namespace) -> dict[str, Any]:

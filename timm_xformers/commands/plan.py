@@ -4,8 +4,6 @@ import argparse
 import sys
 from typing import Any
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "estimate time, memory, data rate and cost of a training on 1 to 64 GPUs"
 
 # Fields of scaling.Job and scaling.Cluster, whose defaults hold: flag, type, help.

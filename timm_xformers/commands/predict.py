@@ -6,19 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from timm_xformers.commands.options import positive
+from timm_xformers.commands.options import MODEL_HELP, positive
 from timm_xformers.errors import UserError, require_extra
-
-__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "classify pictures with any of timm's trained models"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's flags."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="timm name, hf-hub:OWNER/NAME, local-dir:FOLDER or a run"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file, folder or http(s) address"
     )

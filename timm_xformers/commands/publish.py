@@ -5,8 +5,6 @@ from pathlib import Path
 
 from timm_xformers.errors import require_extra
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "put a finished run on the Hugging Face Hub: weights, card, curves, record"
 
 

@@ -8,8 +8,6 @@ import typing
 from timm_xformers.errors import UsageError, nearest
 from timm_xformers.recipe import Recipe, allowed, dump_yaml, load_recipe, shipped_recipes
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "list recipes, or explain a recipe or a setting"
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from timm_xformers.errors import require_extra
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "compare finished runs: a table over seeds, CSV files and plots"
 
 SORT = ("accuracy", "params", "seconds", "memory", "name")

@@ -1,19 +1,18 @@
 """``timm-xformers retrofit``: put another attention into a trained model, and repair it."""
 
 import argparse
-import os
 from typing import Any
 
 from timm_xformers.commands.options import (
     MODEL_HELP,
     add_recipe_options,
+    add_run_options,
     given_values,
+    plan_or_train,
     recipe_from,
 )
 from timm_xformers.errors import UsageError, require_extra
 from timm_xformers.recipe import Recipe, load_recipe, parse_assignments, shipped_recipes
-
-__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "replace the attention of a trained model by a cheaper one, and repair what that broke"
 RECIPE = "retrofit"
@@ -50,33 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the first of them, which match each replaced layer with the one before it, alone",
     )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="at most N training images, evenly from all classes"
-    )
-    parser.add_argument(
-        "--output", metavar="FOLDER", help="run folder to create; default runs/MODEL-DATA-N"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved recipe and what it would cost, measured on a few steps",
-    )
+    add_run_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Replace and repair, and say where the results are."""
     require_extra("train", "accelerate", "matplotlib", "tqdm")
-    recipe = _recipe(args)
-    if args.dry_run:
-        from timm_xformers.planning.dryrun import dry_run
-
-        print(dry_run(recipe))
-        return
-    from timm_xformers.training.train import train
-
-    folder, _ = train(recipe)
-    if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch
-        print(f"Results are in {folder.root}")
+    plan_or_train(args, _recipe(args))
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -5,8 +5,6 @@ import argparse
 from timm_xformers.commands.options import add_recipe_options, recipe_from
 from timm_xformers.errors import UsageError, require_extra
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "choose a recipe by cross-validation over a grid or by Optuna, train the best, test once"
 
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from timm_xformers.errors import require_extra
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "write a data set as webdataset shards, for --data wds/NAME"
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from timm_xformers.commands.options import positive
 from timm_xformers.errors import UsageError, UserError, require_extra
 
-__all__ = ["HELP", "add_arguments", "run"]
-
 HELP = "compare models over seeds under one recipe: train a matrix of runs, then make its page"
 
 

@@ -1,14 +1,18 @@
 """``timm-xformers train``: train a model and leave a folder of results."""
 
 import argparse
-import os
 from pathlib import Path
 
-from timm_xformers.commands.options import add_recipe_options, given_values, recipe_from
+from timm_xformers.commands.options import (
+    add_recipe_options,
+    add_run_options,
+    given_values,
+    plan_or_train,
+    recipe_from,
+    say_results,
+)
 from timm_xformers.errors import UsageError, require_extra
 from timm_xformers.recipe import Recipe, shipped_recipes
-
-__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "train a model; without arguments, the default model on the embedded digits"
 
@@ -27,17 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-processes", type=int, metavar="N", help="refuse to run with more or fewer processes"
     )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="at most N training images, evenly from all classes"
-    )
-    parser.add_argument(
-        "--output", metavar="FOLDER", help="run folder to create; default runs/MODEL-DATA-N"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved recipe and what it would cost, measured on a few steps",
-    )
+    add_run_options(parser)
     parser.add_argument(
         "--resume",
         metavar="RUN",
@@ -48,33 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and say where the results are."""
     require_extra("train", "accelerate", "matplotlib", "tqdm")
-    if args.dry_run:
-        if args.resume is not None:
-            raise UsageError("--dry-run shows a run before it starts; drop it, or drop --resume.")
-        from timm_xformers.planning.dryrun import dry_run
-
-        print(dry_run(*_recipe_and_notes(args)))
-        return
     if args.resume is None:
-        recipe, notes = _recipe_and_notes(args)
-        from timm_xformers.training.train import train
+        plan_or_train(args, *_recipe_and_notes(args))
+        return
+    if args.dry_run:
+        raise UsageError("--dry-run shows a run before it starts; drop it, or drop --resume.")
+    changes = given_values(args)
+    changes.pop("data", None)  # implied by --data-dir
+    others = sorted(set(changes) - {"data_dir", "num_workers"})
+    if others or args.recipe or args.data:
+        given = ", ".join(others) or "recipe or data"
+        raise UsageError(
+            f"--resume goes on with the run's own recipe and cannot change {given}; only "
+            "--data-dir and --set num_workers=N may go with it."
+        )
+    from timm_xformers.training.train import resume
 
-        folder, _ = train(recipe, notes)
-    else:
-        changes = given_values(args)
-        changes.pop("data", None)  # implied by --data-dir
-        others = sorted(set(changes) - {"data_dir", "num_workers"})
-        if others or args.recipe or args.data:
-            given = ", ".join(others) or "recipe or data"
-            raise UsageError(
-                f"--resume goes on with the run's own recipe and cannot change {given}; only "
-                "--data-dir and --set num_workers=N may go with it."
-            )
-        from timm_xformers.training.train import resume
-
-        folder, _ = resume(Path(args.resume), **changes)
-    if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch
-        print(f"Results are in {folder.root}")
+    folder, _ = resume(Path(args.resume), **changes)
+    say_results(folder)
 
 
 def _recipe_and_notes(args: argparse.Namespace) -> tuple[Recipe, list[str]]:

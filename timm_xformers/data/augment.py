@@ -55,14 +55,7 @@ class Augmentation:
 
 
 class EpochAugmentation:
-    """The transforms of one epoch.
-
-    Args:
-        strengths: What to do, and how strongly.
-        num_samples: Images in the data set.
-        seed: Seed of the run.
-        epoch: Number of the epoch.
-    """
+    """The transforms of one epoch, drawn for all ``num_samples`` images from the run's seed."""
 
     def __init__(self, strengths: Augmentation, num_samples: int, seed: int, epoch: int) -> None:
         self.strengths = strengths

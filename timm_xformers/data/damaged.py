@@ -11,13 +11,13 @@ decodes everything once. No image is ever put in the place of another.
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from timm_xformers.data.loader import map_positions
 from timm_xformers.data.split import Split
 from timm_xformers.errors import UserError
 
@@ -29,14 +29,10 @@ NAMED_FILES = 10
 
 
 def refuse_damaged(problems: Sequence[tuple[str, str]], total: int) -> None:
-    """Stop if some images cannot be read.
-
-    Args:
-        problems: Names of images, and what is wrong with them.
-        total: Images that were to be read.
+    """Stop if there are problems, names of images and what is wrong with them, among all images.
 
     Raises:
-        UserError: There is a problem; it names the first of them and their number.
+        UserError: With the first of them and their number.
     """
     if not problems:
         return
@@ -71,29 +67,15 @@ def find_cut_files(split: Split) -> list[tuple[str, str]]:
 
 
 def drop_damaged(split: Split, num_workers: int) -> tuple[Split, tuple[str, ...]]:
-    """Decode every image once and leave out those that fail.
-
-    Args:
-        split: The images.
-        num_workers: Decoding processes; 0 decodes in this one.
-
-    Returns:
-        The readable part, and the names of the other images.
+    """Decode every image once: the readable part, and the names of the other images.
 
     Raises:
         UserError: No image can be read.
     """
     if not split.encoded:
         return split, ()
-    # Processes, not threads: a tar's reader has one place in the file.
-    loader: DataLoader[Any] = DataLoader(
-        _Problems(split),
-        batch_size=256,
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # the run's own is left as it is
-    )
-    readable = torch.tensor([problem is None for batch in loader for problem in batch])
+    problems = map_positions(split.problem, len(split), num_workers)
+    readable = torch.tensor([problem is None for problem in problems])
     if not readable.any():
         raise UserError(
             f"Not one of {len(split)} images can be read, the first is {split.name(0)}; check the "
@@ -102,19 +84,6 @@ def drop_damaged(split: Split, num_workers: int) -> tuple[Split, tuple[str, ...]
     lost: Tensor = (~readable).nonzero().squeeze(1)
     names = tuple(split.name(position) for position in lost.tolist())
     return split.subset(readable.nonzero().squeeze(1)), names
-
-
-class _Problems(Dataset[str | None]):
-    """What is wrong with each image of a split."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, position: int) -> str | None:
-        return self.split.problem(position)
 
 
 def _looks_whole(path: Path) -> bool:

@@ -115,18 +115,21 @@ class Data:
             return whole
         return dataclasses.replace(whole, mean=self.mean, std=self.std)
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Those that there are, by name."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
     def split(self, name: str) -> Split:
         """A split by name.
 
         Raises:
             UserError: The data set has none of this name.
         """
-        splits = {"train": self.train, "val": self.val, "test": self.test}
-        found = splits[name]
-        if found is None:
-            present = ", ".join(key for key, value in splits.items() if value is not None)
-            raise UserError(f"The data set has no {name} split; it has {present}.")
-        return found
+        if name not in self.splits:
+            raise UserError(f"The data set has no {name} split; it has {', '.join(self.splits)}.")
+        return self.splits[name]
 
 
 def open_data(
@@ -172,7 +175,8 @@ def open_data(
     in_memory = recipe.in_memory
     if in_memory is None:
         side = input_size(recipe.img_size, known.img_size if known else None, model=recipe.model)
-        in_memory = _is_small(sum(map(len, chosen.values())) * in_chans, side)
+        channels = sum(map(len, chosen.values())) * in_chans  # of uint8 images, over all splits
+        in_memory = side is not None and channels * side**2 <= HELD_UNASKED_MIB * 2**20
     refuse_unread(recipe, in_memory)
     readable, skipped = _without_damaged(recipe, chosen)
     splits |= readable
@@ -335,23 +339,14 @@ def make_batches(
 ) -> Batches:
     """Decode a split, or prepare to, for training (augmented) or evaluation."""
     if in_memory:
-        strengths = Augmentation(
-            hflip=recipe.hflip,
-            crop_pad=recipe.crop_pad,
-            rotate_degrees=recipe.rotate_degrees,
-            shear_degrees=recipe.shear_degrees,
-            zoom=recipe.zoom,
-            re_prob=recipe.re_prob,
-            cutout=recipe.cutout,
-            rand_augment=recipe.rand_augment,
-        )
+        strengths = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Augmentation)}
         return MemoryBatches(
             decode(split, preprocessing, _decoders(recipe)),
             split.labels,
             mean=preprocessing.mean,
             std=preprocessing.std,
             device=device,
-            augmentation=strengths if training else None,
+            augmentation=Augmentation(**strengths) if training else None,
             seed=recipe.seed,
         )
     transform = preprocessing.transform()
@@ -380,11 +375,6 @@ def make_batches(
         num_workers=_decoders(recipe),
         seed=recipe.seed,
     )
-
-
-def _is_small(channels: int, side: int | None) -> bool:
-    """Whether so many channels of uint8 images, over all splits, may be held in memory unasked."""
-    return side is not None and channels * side**2 <= HELD_UNASKED_MIB * 2**20
 
 
 def refuse_unread(recipe: Recipe, in_memory: bool) -> None:

@@ -14,13 +14,11 @@ def describe(data: Data) -> dict[str, Any]:
 
     A data set may be moved; see `Split.digest`.
     """
-    splits = {"train": data.train, "val": data.val, "test": data.test}
     return {
         "class_names": list(data.class_names),
         "splits": {
             name: {"images": len(split), "digest": split.digest()}
-            for name, split in splits.items()
-            if split is not None
+            for name, split in data.splits.items()
         },
     }
 

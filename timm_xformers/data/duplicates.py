@@ -16,13 +16,7 @@ LOOKED_THROUGH = 50_000
 def shared_pictures(splits: Mapping[str, Split]) -> list[Note]:
     """A line on pictures of one part whose files are, byte for byte, also in another.
 
-    Only files of a size that both parts have are read.
-
-    Args:
-        splits: The parts by name; those without files are passed over.
-
-    Returns:
-        One line, or none.
+    Only files of a size that both parts have are read; parts without files are passed over.
     """
     encoded = {name: split for name, split in splits.items() if split.encoded}
     if sum(map(len, encoded.values())) > LOOKED_THROUGH:

@@ -16,11 +16,12 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO
 
 from timm_xformers.data.classes import shared_words
 from timm_xformers.data.label_file import label_files
 from timm_xformers.data.notes import Note
+from timm_xformers.data.split import Images
 from timm_xformers.data.targets import Classes, names_in, to_labels
 from timm_xformers.data.trees import LeftOut, Place, Tree, by_nature, read_span
 from timm_xformers.errors import UsageError, UserError
@@ -48,7 +49,7 @@ class Part:
     tree: Tree
 
 
-class FileImages:
+class FileImages(Images):
     """Pictures in files of their own, or in a tar.
 
     Args:
@@ -56,8 +57,6 @@ class FileImages:
         classes: Class of each by name below the place, or tuples of its classes.
         order: Names of the classes by label.
     """
-
-    encoded: ClassVar[bool] = True
 
     def __init__(self, place: Place, classes: Mapping[str, Classes], order: Sequence[str]) -> None:
         self.place = place
@@ -213,12 +212,7 @@ def _read_parts(
 ) -> dict[str, Part]:
     """Look below each part; what lies in none is the training part if that has no folder.
 
-    Args:
-        root: The folder.
-        places: Names and places of its parts, by role.
-        used: Roles that will be read.
-        left_out: Told what is in no part.
-        flat: Whether pictures need no class folders.
+    Pictures need no class folders where it is ``flat``; ``left_out`` is told what is in no part.
     """
     names = {name for name, _ in places.values()}
     parts = {}

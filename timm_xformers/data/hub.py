@@ -7,13 +7,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from PIL import Image
 from torch import Tensor
 
 from timm_xformers.data.classes import refuse_lists
-from timm_xformers.data.split import label_tensor
+from timm_xformers.data.split import Images, label_tensor
 from timm_xformers.data.trees import by_nature
 from timm_xformers.errors import UserError, nearest, require_extra
 from timm_xformers.files.text import plain
@@ -26,7 +26,7 @@ IMAGE_COLUMNS = ("image", "img", "picture", "photo", "pixels", "jpg", "png", "we
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "category", "target", "cls")
 
 
-class HubImages:
+class HubImages(Images):
     """Rows with a picture and a class.
 
     Args:
@@ -35,8 +35,6 @@ class HubImages:
         classes: Class of each: numbers, or names that are numbered in their order.
         class_names: By label; empty if nobody names them.
     """
-
-    encoded: ClassVar[bool] = True
 
     def __init__(
         self, rows: Any, column: str, classes: Sequence[Any], class_names: Sequence[str] = ()
@@ -67,14 +65,7 @@ class HubImages:
         """The file that the picture was made from, where the row says it."""
         found = self.rows[row][self.column]
         named = found.get("path") if isinstance(found, dict) else None
-        return str(named or f"number {row}")
-
-    def path(self, row: int) -> None:
-        """The picture lies in a table."""
-
-    def key(self, row: int) -> str:
-        """Its row."""
-        return str(row)
+        return str(named) if named else super().name(row)
 
 
 class HubSplits:

@@ -5,6 +5,7 @@ workers nor the point at which an epoch is entered changes what a sample looks l
 """
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -21,7 +22,7 @@ from timm_xformers.data.sampling import derive_seed, seed_host
 from timm_xformers.data.split import Split
 from timm_xformers.errors import UserError
 
-__all__ = ["LoaderBatches", "killed_worker", "usable_cores"]
+__all__ = ["LoaderBatches", "killed_worker", "map_positions", "usable_cores"]
 
 
 class _Images(Dataset[tuple[Tensor, Tensor]]):
@@ -65,6 +66,35 @@ class _Plan:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+class _Calls(Dataset[Any]):
+    """What a function makes of each position."""
+
+    def __init__(self, function: Callable[[int], Any], count: int) -> None:
+        self.function = function
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> Any:
+        return self.function(position)
+
+
+def map_positions(function: Callable[[int], Any], count: int, num_workers: int) -> Iterator[Any]:
+    """What a function makes of 0 to count - 1, in order, by worker processes; 0 calls it here.
+
+    Processes, not threads: a tar's reader has one place in the file.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Calls(function, count),
+        batch_size=32,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the run's own is left as it is
+    )
+    return itertools.chain.from_iterable(loader)
 
 
 class LoaderBatches:

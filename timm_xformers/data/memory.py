@@ -3,18 +3,18 @@
 Decoding happens once, so that afterwards a batch costs an index and a few tensor operations.
 """
 
-import itertools
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from timm_xformers.data.augment import Augmentation, EpochAugmentation
 from timm_xformers.data.damaged import refuse_damaged
+from timm_xformers.data.loader import map_positions
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.data.split import Split
 from timm_xformers.errors import UserError
@@ -28,15 +28,9 @@ SHARED_FROM = 5000
 
 
 def decode(split: Split, preprocessing: Preprocessing, num_workers: int = 0) -> Tensor:
-    """Decode a split, resized and cropped as in evaluation.
+    """Decode a split to uint8 images (N, C, H, W), resized and cropped as in evaluation.
 
-    Args:
-        split: The images.
-        preprocessing: Size and channels.
-        num_workers: Processes that share the decoding of many files; 0 decodes in this one.
-
-    Returns:
-        uint8 images (N, C, H, W).
+    Many files are shared by so many worker processes; 0 decodes in this one.
 
     Raises:
         UserError: The split would take more than `LARGEST_SPLIT_MIB`, or has unreadable images.
@@ -50,16 +44,14 @@ def decode(split: Split, preprocessing: Preprocessing, num_workers: int = 0) -> 
             "img_size."
         )
     shared = split.encoded and len(split) >= SHARED_FROM
-    loader: DataLoader[Any] = DataLoader(
-        _Pixels(split, preprocessing),
-        batch_size=32,
-        num_workers=num_workers if shared else 0,
-        collate_fn=list,
-        generator=torch.Generator(),  # the run's own is left as it is
+    pixels = map_positions(
+        functools.partial(_pixels, split, preprocessing, preprocessing.transform()),
+        len(split),
+        num_workers if shared else 0,
     )
     images = torch.empty((len(split), *shape), dtype=torch.uint8)
     problems = []
-    for row, found in enumerate(itertools.chain.from_iterable(loader)):
+    for row, found in enumerate(pixels):
         if isinstance(found, str):
             problems.append((split.name(row), found))
         else:
@@ -68,28 +60,23 @@ def decode(split: Split, preprocessing: Preprocessing, num_workers: int = 0) -> 
     return images
 
 
-class _Pixels(Dataset[Any]):
-    """Arrays (C, H, W) of a split's images, or what is wrong with them."""
-
-    def __init__(self, split: Split, preprocessing: Preprocessing) -> None:
-        size = (preprocessing.img_size, preprocessing.img_size)
-        self.split = split
-        self.fits = size if preprocessing.crop_pct == 1.0 else None
-        self.transform = preprocessing.transform()
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, position: int) -> Any:
-        try:
-            image = self.split.image(position)
-        except UserError:
-            return self.split.problem(position)
-        # Arrays, not tensors: those travel between processes by a file each.
-        if image.size == self.fits:  # nothing to resample: three times as fast as timm's transform
-            pixels = np.array(image).reshape(*self.fits, -1)
-            return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return self.transform(image).numpy()
+def _pixels(
+    split: Split,
+    preprocessing: Preprocessing,
+    transform: Callable[[Any], Tensor],
+    position: int,
+) -> Any:
+    """Array (C, H, W) of an image, or what is wrong with it."""
+    try:
+        image = split.image(position)
+    except UserError:
+        return split.problem(position)
+    # Arrays, not tensors: those travel between processes by a file each.
+    size = preprocessing.shape[1:]
+    # Nothing to resample: three times as fast as timm's transform.
+    if image.size == size and preprocessing.crop_pct == 1.0:
+        return np.ascontiguousarray(np.array(image).reshape(*size, -1).transpose(2, 0, 1))
+    return transform(image).numpy()
 
 
 class MemoryBatches:

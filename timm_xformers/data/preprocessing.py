@@ -54,13 +54,7 @@ class Preprocessing:
     def of_model(
         cls, model: nn.Module, img_size: int | None = None, in_chans: int | None = None
     ) -> "Preprocessing":
-        """What a model's weights were trained with, unless it was built for other inputs.
-
-        Args:
-            model: A timm model.
-            img_size: The size it was built for, if that was asked for.
-            in_chans: The channels it was built for, likewise.
-        """
+        """What a model's weights were trained with, unless it was built for other inputs."""
         config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         channels = in_chans or config["input_size"][0]
         side = input_size(img_size, model=model)
@@ -78,6 +72,11 @@ class Preprocessing:
     def shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of one input."""
         return self.in_chans, self.img_size, self.img_size
+
+    @property
+    def size_fields(self) -> dict[str, Any]:
+        """Side and channels of one input, as fields of recipes and records."""
+        return {"img_size": self.img_size, "in_chans": self.in_chans}
 
     def transform(self) -> Callable[[Any], Tensor]:
         """The evaluation transform: PIL image to uint8 (C, H, W), not yet normalised."""

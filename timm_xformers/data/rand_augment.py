@@ -55,13 +55,9 @@ def check_policy(text: str) -> None:
 
 
 class EpochPolicy:
-    """The operations of one epoch, drawn for all images at once.
+    """The operations of one epoch, drawn for all ``num_samples`` images from the run's seed.
 
-    Args:
-        text: Policy, as `check_policy` takes it.
-        num_samples: Images in the data set.
-        seed: Seed of the run.
-        epoch: Number of the epoch.
+    The policy's text is what `check_policy` takes.
     """
 
     def __init__(self, text: str, num_samples: int, seed: int, epoch: int) -> None:

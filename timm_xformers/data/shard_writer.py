@@ -27,10 +27,8 @@ KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 def write_shards(recipe: Recipe, folder: Path, images_per_shard: int) -> dict[str, list[int]]:
     """Write every split of a recipe's data set, in an order drawn once.
 
-    Args:
-        recipe: Names the data.
-        folder: New or empty folder for tars and ``_info.json``, which is written last.
-        images_per_shard: Images in each tar but the last.
+    They go to a new or empty folder, with so many images in each tar but the last; ``_info.json``
+    is written last.
 
     Returns:
         Numbers of images in the shards of each split.

@@ -17,12 +17,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_xformers.data.split import label_tensor
+from timm_xformers.data.split import Images, label_tensor
 from timm_xformers.data.trees import is_picture, read_span
 from timm_xformers.errors import UserError
 from timm_xformers.files.atomic import write_file
@@ -37,7 +37,7 @@ THREADS = 16
 COLUMNS = 4
 
 
-class Shards:
+class Shards(Images):
     """Images of some tars by position.
 
     Args:
@@ -45,8 +45,6 @@ class Shards:
         index: Shard, offset, size and label of each image (N, 4).
         classes: Names by label, if they are known.
     """
-
-    encoded: ClassVar[bool] = True
 
     def __init__(
         self, paths: Sequence[Path], index: NDArray[np.int64], classes: Sequence[str]
@@ -67,9 +65,6 @@ class Shards:
         header = read_span(self.files[shard], (offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE))
         name = tarfile.TarInfo.frombuf(header.read(), "utf-8", "surrogateescape").name
         return f"{self.files[shard]}/{name}"
-
-    def path(self, row: int) -> None:
-        """The image lies in a tar."""
 
     def key(self, row: int) -> str:
         """Where it lies."""
@@ -113,11 +108,6 @@ def open_shards(root: Path, split: str, paths: Sequence[Path]) -> Shards:
 
     The index holds the tars' names, sizes and times, and is made again if one changed. Where the
     folder cannot be written it is made by every process of every run.
-
-    Args:
-        root: Folder of the shards.
-        split: The split.
-        paths: See `find_shards`.
 
     Raises:
         UserError: A tar is damaged, compressed or no webdataset, or has another number of images

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ from timm_xformers.data.known_sets import KNOWN_SETS, KnownSet
 from timm_xformers.data.notes import Note
 from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.shards import find_shards, open_shards
-from timm_xformers.data.split import Images, PilImages, Split, label_tensor, split_of
+from timm_xformers.data.split import Images, PilImages, Split, split_of
 from timm_xformers.errors import UsageError, UserError, nearest, require_extra
 from timm_xformers.files.text import plain
 from timm_xformers.recipe import Recipe
@@ -305,38 +305,25 @@ def _open_timm(name: str, root: str, mode: str, **kwargs: Any) -> Any:
         raise UserError(f"Cannot open {name}: {detail}") from error
 
 
-class TorchImages:
+class TorchImages(PilImages):
     """A data set of torchvision, which decodes its images itself."""
-
-    encoded: ClassVar[bool] = False
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        # Sets without a list of targets must be read once.
-        targets = getattr(dataset, "targets", None)
-        self.labels = label_tensor(targets if targets is not None else (t for _, t in dataset))
-        self.class_names = tuple(plain(str(name)) for name in getattr(dataset, "classes", ()))
 
     def open(self, row: int) -> Image.Image:
         """The picture."""
-        image: Image.Image = self.dataset[row][0]
+        row_of_set: Any = self.images[row]
+        image: Image.Image = row_of_set[0]
         return image
-
-    def name(self, row: int) -> str:
-        """Its number."""
-        return f"number {row}"
-
-    def path(self, row: int) -> None:
-        """The picture lies in a table."""
-
-    def key(self, row: int) -> str:
-        """Its number."""
-        return str(row)
 
 
 def _adapted(dataset: Any) -> Images:
     if not isinstance(dataset, IterableDataset):
-        return TorchImages(dataset)
+        # Sets without a list of targets must be read once.
+        targets = getattr(dataset, "targets", None)
+        return TorchImages(
+            dataset,
+            targets if targets is not None else (t for _, t in dataset),
+            (plain(str(name)) for name in getattr(dataset, "classes", ())),
+        )
     # A stream has no positions by which it could be split or shuffled. Its reader cuts it by rank
     # if a process group exists when it is opened; sources are opened before there is one.
     items = [(item[0], int(item[1])) for item in dataset]

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from timm_xformers.files.text import plain
 __all__ = ["Images", "PilImages", "Split", "label_tensor", "split_of"]
 
 
-class Images(Protocol):
+class Images:
     """Images by row, each kind of data set in its own way.
 
     Attributes:
@@ -29,28 +29,28 @@ class Images(Protocol):
         class_names: By label; empty if nobody names them.
     """
 
-    encoded: ClassVar[bool]
+    encoded: ClassVar[bool] = True
     labels: Tensor
     class_names: tuple[str, ...]
 
     def open(self, row: int) -> BinaryIO | Image.Image:
         """The image: its bytes, or its pixels where they are at hand."""
-        ...
+        raise NotImplementedError
 
     def name(self, row: int) -> str:
         """What to call it in a message: its file, where it has one."""
-        ...
+        return f"number {row}"
 
     def path(self, row: int) -> Path | None:
         """Its file, if that is a plain one."""
-        ...
+        return None
 
     def key(self, row: int) -> str:
         """What tells it from the others, wherever the data set lies."""
-        ...
+        return str(row)
 
 
-class PilImages:
+class PilImages(Images):
     """Images held in memory, by label and in order.
 
     Args:
@@ -74,17 +74,6 @@ class PilImages:
     def open(self, row: int) -> Image.Image:
         """The picture."""
         return self.images[row]
-
-    def name(self, row: int) -> str:
-        """Its number."""
-        return f"number {row}"
-
-    def path(self, row: int) -> None:
-        """It has no file."""
-
-    def key(self, row: int) -> str:
-        """Its number."""
-        return str(row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +168,7 @@ class Split:
 
 
 def split_of(images: Images, mode: str) -> Split:
-    """All of a data set's images.
-
-    Args:
-        images: Where they are.
-        mode: PIL mode that the pictures are to have.
+    """All of a data set's images, to be handed out in a PIL mode.
 
     Raises:
         UserError: There are none.

@@ -105,10 +105,8 @@ class AgentAttention(HeadsAttention):
     `timm_xformers.set_token_layout`. There are no parameters beside those of exact attention.
 
     Args:
-        dim: Token width C.
-        num_heads: Number of heads H.
         num_agents: n, a square number: the agents' own grid has sqrt(n) rows and columns.
-        **kwargs: Arguments of `HeadsAttention`.
+        **kwargs: Like ``dim`` and ``num_heads``, arguments of `HeadsAttention`.
 
     Raises:
         ValueError: ``num_agents`` is no square number, or what `HeadsAttention` refuses.

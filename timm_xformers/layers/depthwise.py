@@ -94,13 +94,7 @@ def values_to_convolve(
 
 
 class GridConv(nn.Module):
-    """3 x 3 depthwise convolution of tokens (B, N, C) on their grid, zero at the start.
-
-    Args:
-        dim: Token width C.
-        device: Where to create the filters.
-        dtype: Their type.
-    """
+    """3 x 3 depthwise convolution of tokens (B, N, C) on their grid, zero at the start."""
 
     def __init__(
         self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -53,21 +53,12 @@ class FNetMixing(nn.Module):
     """FNet mixing of tokens (B, N, C) in timm's attention slot.
 
     Args:
-        dim: Token width C. Like all but the dropout arguments, here for the slot's sake: the
-            transform has no heads, projections, norms or parameters.
-        num_heads: See ``dim``.
-        attn_head_dim: See ``dim``.
+        dim: Token width C. Arguments that are not named here are the slot's and have no effect, as
+            this one: the transform has no heads, projections, norms or parameters.
         dim_out: Must be ``dim`` or None: there is no projection to another width.
-        qkv_bias: See ``dim``.
-        qk_norm: See ``dim``.
-        scale_norm: See ``dim``.
-        proj_bias: See ``dim``.
         gated: Must be False; there is no attention output to gate.
         attn_drop: Must be 0; there is no attention map.
         proj_drop: Dropout probability after mixing.
-        norm_layer: See ``dim``.
-        device: See ``dim``.
-        dtype: See ``dim``.
         dwc: Must be False; there are no values to convolve.
 
     Raises:

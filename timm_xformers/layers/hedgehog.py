@@ -93,13 +93,7 @@ class HedgehogAttention(HeadsAttention):
 
     In checkpoints its own parameters are ``hedgehog_q`` and ``hedgehog_k``, (H, D, D) each.
 
-    Args:
-        dim: Token width C.
-        num_heads: Number of heads H.
-        **kwargs: Arguments of `HeadsAttention`.
-
-    Raises:
-        ValueError: What `HeadsAttention` refuses.
+    Arguments are those of `HeadsAttention`.
     """
 
     mechanism = "hedgehog"

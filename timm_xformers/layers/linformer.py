@@ -139,12 +139,10 @@ class LinformerAttention(HeadsAttention):
     either kind load into either.
 
     Args:
-        dim: Token width C.
-        num_heads: Number of heads H.
         proj_len: k, the number of projected keys.
         one_kv_head: Use one key and value head for all query heads.
         share_kv: Use the keys as values, and E as F.
-        **kwargs: Arguments of `HeadsAttention`.
+        **kwargs: Like ``dim`` and ``num_heads``, arguments of `HeadsAttention`.
 
     Raises:
         ValueError: ``proj_len`` below 1, or what `HeadsAttention` refuses.
@@ -192,13 +190,7 @@ class LinformerAttention(HeadsAttention):
     def set_layout(
         self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
     ) -> None:
-        """Fix the number of tokens; what was trained or loaded before is interpolated.
-
-        Args:
-            grid_size: Rows and columns of the token grid.
-            num_prefix_tokens: Tokens before the grid.
-            depth: Index of the block, the same to every projection.
-        """
+        """Fix the number of tokens; what was trained or loaded before is interpolated."""
         if (grid_size, num_prefix_tokens) == (self.grid_size, self.num_prefix_tokens):
             return
         length = num_prefix_tokens + grid_size[0] * grid_size[1]

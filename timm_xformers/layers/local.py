@@ -197,12 +197,10 @@ class Local2dAttention(HeadsAttention):
     class token. Models of this package do it; for others call `timm_xformers.set_token_layout`.
 
     Args:
-        dim: Token width C.
-        num_heads: Number of heads H.
         window_size: Side w of the square windows.
         neighbours: Let a window attend to the eight around it.
         shifted: Move the windows of every second block by w // 2 instead, as Swin does.
-        **kwargs: Arguments of `HeadsAttention`.
+        **kwargs: Like ``dim`` and ``num_heads``, arguments of `HeadsAttention`.
 
     Raises:
         ValueError: ``window_size`` below 1, both ``neighbours`` and ``shifted``, or what
@@ -236,13 +234,7 @@ class Local2dAttention(HeadsAttention):
     def set_layout(
         self, grid_size: tuple[int, int], num_prefix_tokens: int, depth: int = 0
     ) -> None:
-        """Tell where tokens lie, and which block this is.
-
-        Args:
-            grid_size: Rows and columns of the token grid.
-            num_prefix_tokens: Tokens before the grid.
-            depth: Index of the block; shifted windows move in odd ones.
-        """
+        """As `HeadsAttention.set_layout`; shifted windows move in blocks of odd ``depth``."""
         super().set_layout(grid_size, num_prefix_tokens, depth)
         self.shift = self.window_size // 2 if self.shifted and depth % 2 else 0
 

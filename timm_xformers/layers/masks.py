@@ -102,12 +102,7 @@ def relative_bias(attn_mask: Tensor | None, mechanism: str, dtype: torch.dtype) 
 def kept_keys(attn_mask: Tensor | None, mechanism: str) -> Tensor | None:
     """A mask over keys for a mechanism that can leave keys out, but not weigh them.
 
-    Args:
-        attn_mask: As in `key_padding`.
-        mechanism: Name for the message.
-
-    Returns:
-        None or bool (..., S, 1), True where a key may be attended.
+    Arguments and result are those of `key_padding`.
 
     Raises:
         ValueError: As `key_padding`, or keys that are kept differ in their bias. In a compiled or

@@ -167,12 +167,6 @@ def nystrom_attention(
 class HeadConv(nn.Module):
     """Depthwise convolution along the tokens, one filter per head: (B, H, N, D) to the same.
 
-    Args:
-        num_heads: Number of heads H.
-        kernel_size: Odd filter length.
-        device: Where to create the filter.
-        dtype: Its type.
-
     Raises:
         ValueError: ``kernel_size`` is even.
     """
@@ -214,13 +208,11 @@ class NystromAttention(HeadsAttention):
     """Multi-head Nyström attention on tokens (B, N, C).
 
     Args:
-        dim: Token width C.
-        num_heads: Number of heads H.
         num_landmarks: l.
         pinv_steps: Steps of the inverse.
         conv_kernel: Length of the residual convolution of the values, 0 for none. The paper's
             models use 33; without it the layer approximates exact attention.
-        **kwargs: Arguments of `HeadsAttention`.
+        **kwargs: Like ``dim`` and ``num_heads``, arguments of `HeadsAttention`.
 
     Raises:
         ValueError: ``num_landmarks`` or ``pinv_steps`` below 1, an even ``conv_kernel``, or what

@@ -18,8 +18,6 @@ class RotaryPositions(nn.Module):
         head_dim: Head width D.
         grid_size: Rows and columns of the token grid.
         num_prefix_tokens: Tokens before the grid.
-        device: Where to create the table of angles.
-        dtype: Its type.
 
     Raises:
         ValueError: ``head_dim`` is not a multiple of 4.

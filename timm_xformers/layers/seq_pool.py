@@ -11,13 +11,7 @@ __all__ = ["SeqPool"]
 
 
 class SeqPool(nn.Module):
-    """Pool tokens (B, N, C) to (B, C) with weights softmax over tokens of a linear map to one.
-
-    Args:
-        dim: Token width C.
-        device: Where to create the parameters.
-        dtype: Their type.
-    """
+    """Pool tokens (B, N, C) to (B, C) with weights softmax over tokens of a linear map to one."""
 
     def __init__(
         self,

@@ -15,10 +15,25 @@ import torch
 from timm.layers import Format, nchw_to, to_2tuple
 from torch import Tensor, nn
 
-__all__ = ["ConvEmbed", "ConvTokenizer", "GridEmbed"]
+__all__ = ["ConvEmbed", "ConvTokenizer", "GridEmbed", "check_img_size"]
 
 # Strides of the three convolutions for each patch size they can stand for.
 _STRIDES = {1: (1, 1, 1), 2: (2, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
+
+
+def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
+    """Refuse what timm would cut off without a word.
+
+    Raises:
+        ValueError: Patches do not divide the image.
+    """
+    for side, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
+        if side % patch or side < patch:
+            near = max(side - side % patch, patch)
+            raise ValueError(
+                f"img_size={side} is not a multiple of patch_size={patch}; use {near} or "
+                f"{near + patch}."
+            )
 
 
 class GridEmbed(nn.Module):
@@ -91,11 +106,9 @@ class ConvEmbed(GridEmbed):
         act_layer: What stands between them.
         conv_layer: Constructor of a convolution, such as timm's ``ConvNorm``; None takes a plain
             one.
-        strict_img_size: Refuse other image sizes.
-        output_fmt: ``"NHWC"`` keeps the grid; None gives (B, N, embed_dim).
-        dynamic_img_pad: Must be False.
         device: Where to create the parameters.
         dtype: Their type.
+        **grid: Arguments of `GridEmbed`.
 
     Raises:
         ValueError: Another patch size, an image that it does not divide, or padding asked for.
@@ -111,13 +124,11 @@ class ConvEmbed(GridEmbed):
         bias: bool = True,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         conv_layer: Callable[..., nn.Module] | None = None,
-        strict_img_size: bool = True,
-        output_fmt: str | None = None,
-        dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **grid: Any,
     ) -> None:
-        super().__init__(strict_img_size, output_fmt, dynamic_img_pad)
+        super().__init__(**grid)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if conv_layer is None:
             conv_layer, dd["bias"] = nn.Conv2d, bias
@@ -144,13 +155,7 @@ class ConvEmbed(GridEmbed):
             for conv, stride in zip(convs, _STRIDES[size[0]], strict=True):
                 conv.stride = (stride, stride)
         size, patch = to_2tuple(self.img_size if img_size is None else img_size), self.patch_size[0]
-        for side in size:
-            if side % patch or side < patch:
-                near = max(side - side % patch, patch)
-                raise ValueError(
-                    f"img_size={side} is not a multiple of patch_size={patch}; use {near} or "
-                    f"{near + patch}."
-                )
+        check_img_size(size, patch)
         self._set_img_size(size)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
@@ -180,11 +185,9 @@ class ConvTokenizer(GridEmbed):
         stride: Stride of a convolution.
         pool_stride: Stride of the 3x3 pooling.
         hidden_chans: Channels between.
-        strict_img_size: Refuse other image sizes.
-        output_fmt: ``"NHWC"`` keeps the grid; None gives (B, N, embed_dim).
-        dynamic_img_pad: Must be False.
         device: Where to create the parameters.
         dtype: Their type.
+        **grid: Arguments of `GridEmbed`.
 
     Raises:
         ValueError: Padding asked for.
@@ -201,13 +204,11 @@ class ConvTokenizer(GridEmbed):
         stride: int = 1,
         pool_stride: int = 2,
         hidden_chans: int = 64,
-        strict_img_size: bool = True,
-        output_fmt: str | None = None,
-        dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **grid: Any,
     ) -> None:
-        super().__init__(strict_img_size, output_fmt, dynamic_img_pad)
+        super().__init__(**grid)
         widths = [in_chans, *[hidden_chans] * (num_convs - 1), embed_dim]
         self.strides = (stride, pool_stride)
         self.convs = nn.ModuleList(

@@ -203,39 +203,22 @@ def merge(
     return x[:, : grid_size[0], : grid_size[1]]
 
 
-def window_mask(
-    q_ids: Tensor,
-    k_ids: Tensor,
-    grid_cols: int,
-    num_prefix_tokens: int,
-    window_size: tuple[int, int],
-    shifted: bool,
-    is_causal: bool,
-) -> Tensor:
+def window_mask(ids: Tensor, grid_cols: int, window_size: tuple[int, int], shifted: bool) -> Tensor:
     """Who may attend to whom inside the windows, from token numbers (-1 = padding).
 
     Args:
-        q_ids: (nW, w).
-        k_ids: (nW, K), prefix tokens included.
+        ids: (nW, w).
         grid_cols: Tokens in a row of the grid.
-        num_prefix_tokens: Tokens before the grid.
         window_size: Rows and columns of a window.
         shifted: Hide pairs that the roll brought together from opposite borders.
-        is_causal: Hide later tokens.
 
     Returns:
-        Bool (nW, 1 or w, K).
+        Bool (nW, 1 or w, w).
     """
-    mask = (k_ids >= 0).unsqueeze(1)
+    mask = (ids >= 0).unsqueeze(1)
     if shifted:
-        q_grid = (q_ids - num_prefix_tokens).unsqueeze(2)
-        k_grid = (k_ids - num_prefix_tokens).unsqueeze(1)
-        rows = q_grid.div(grid_cols, rounding_mode="floor") - k_grid.div(
-            grid_cols, rounding_mode="floor"
-        )
-        cols = q_grid.remainder(grid_cols) - k_grid.remainder(grid_cols)
-        near = (rows.abs() < window_size[0]) & (cols.abs() < window_size[1])
-        mask = mask & (near | (k_ids < num_prefix_tokens).unsqueeze(1))
-    if is_causal:
-        mask = mask & (k_ids.unsqueeze(1) <= q_ids.unsqueeze(2))
+        row, col = ids.div(grid_cols, rounding_mode="floor"), ids.remainder(grid_cols)
+        rows = row.unsqueeze(2) - row.unsqueeze(1)
+        cols = col.unsqueeze(2) - col.unsqueeze(1)
+        mask = mask & (rows.abs() < window_size[0]) & (cols.abs() < window_size[1])
     return mask

@@ -8,7 +8,7 @@ from timm.models import generate_default_cfgs, get_pretrained_cfg
 
 from timm_xformers.weights import best_tag, with_weights
 
-__all__ = ["choose_weights", "default_configs", "names_input", "small_image_cfg"]
+__all__ = ["choose_weights", "default_configs", "small_image_cfg", "usual_input"]
 
 SOURCES = ("state_dict", "file", "hf_hub_id", "url")
 
@@ -61,12 +61,15 @@ def choose_weights(variant: str, arguments: Mapping[str, Any]) -> dict[str, Any]
     return {} if tag is None else {"pretrained_cfg": tag}
 
 
-def names_input(config: Any) -> bool:
-    """Whether a ``pretrained_cfg`` argument says what images the model is to take.
+def usual_input(variant: str, config: Any) -> dict[str, Any]:
+    """Size and channels of a model's images, where timm does not take them from a configuration.
 
     Args:
-        config: A tag, which always does, a configuration, or None.
+        variant: Name of the model.
+        config: The ``pretrained_cfg`` argument: a tag, a configuration, or None.
     """
-    if isinstance(config, dict):
-        return bool(config.get("fixed_input_size"))
-    return isinstance(config, str) or bool(getattr(config, "fixed_input_size", False))
+    own = isinstance(config, dict) or hasattr(config, "fixed_input_size")
+    if not own or (config if isinstance(config, dict) else vars(config)).get("fixed_input_size"):
+        return {}
+    usual: Any = get_pretrained_cfg(variant)
+    return {"img_size": usual.input_size[1], "in_chans": usual.input_size[0]}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import PatchDropout, to_2tuple
+from timm.layers import PatchDropout
 from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
@@ -20,9 +20,10 @@ from timm_xformers.layers.linformer import resample_projection
 from timm_xformers.layers.performer import redraw_features
 from timm_xformers.layers.positions import sinusoid
 from timm_xformers.layers.rotary import RotaryPositions
-from timm_xformers.models._cfg import choose_weights, names_input
+from timm_xformers.layers.tokenizer import check_img_size
+from timm_xformers.models._cfg import choose_weights, usual_input
 
-__all__ = ["Trunk", "build", "check_img_size", "filter_trunk", "fit_projections"]
+__all__ = ["Trunk", "build", "filter_trunk", "fit_projections"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,8 +42,8 @@ class Trunk(VisionTransformer):
         **kwargs: Arguments of timm's `VisionTransformer`.
 
     Raises:
-        ValueError: An unknown mechanism or kind of position, or an option that the mechanism cannot
-            honour.
+        ValueError: An unknown mechanism or kind of position, an image that the patches do not
+            divide, or an option that the mechanism cannot honour.
         TypeError: An argument that neither this class nor timm's has.
     """
 
@@ -75,6 +76,8 @@ class Trunk(VisionTransformer):
         super().__init__(
             attn_layer=attention, pos_embed="none" if pos_embed == "none" else "learn", **kwargs
         )
+        if not kwargs.get("dynamic_img_pad", False):
+            self._check_size(self.patch_embed.img_size)
         self.attn_layer = attn_layer
         self.rope = rope
         if isinstance(layer := self.patch_drop, PatchDropout):
@@ -129,12 +132,18 @@ class Trunk(VisionTransformer):
         for attention in attentions:
             attention.rope = rope  # one table of angles for all
 
+    def _check_size(self, img_size: Any, patch_size: Any = None) -> None:
+        own = getattr(self.patch_embed, "patch_size", None)
+        if img_size is not None and own is not None:
+            check_img_size(img_size, patch_size or own)
+
     def set_input_size(
         self,
         img_size: tuple[int, int] | None = None,
         patch_size: tuple[int, int] | None = None,
     ) -> None:
         """Change the image or patch size: positions and sequence projections are interpolated."""
+        self._check_size(img_size, patch_size)
         super().set_input_size(img_size, patch_size)
         self._fix_positions()
         set_token_layout(self)
@@ -161,30 +170,12 @@ def _check_mechanism(
         )
 
 
-def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
-    """Refuse what timm would cut off without a word.
-
-    Raises:
-        ValueError: Patches do not divide the image.
-    """
-    for side, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
-        if side % patch or side < patch:
-            near = max(side - side % patch, patch)
-            raise ValueError(
-                f"img_size={side} is not a multiple of patch_size={patch}; use {near} or "
-                f"{near + patch}."
-            )
-
-
 def filter_trunk(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Fit a checkpoint of another image size to the model: positions and sequence projections.
 
     Args:
         state_dict: Weights of one of our families, or of timm's ViTs.
         model: The model that will load them.
-
-    Returns:
-        Weights with the model's shapes.
     """
     return fit_projections(dict(vit_filter_fn(state_dict, model)), model)
 
@@ -241,10 +232,7 @@ def build(
     """
     if pretrained:
         kwargs |= choose_weights(variant, kwargs)
-    own = defaults
-    if names_input(kwargs.get("pretrained_cfg")):  # timm takes size and channels from there
-        own = {key: value for key, value in defaults.items() if key not in ("img_size", "in_chans")}
-    arguments = {**own, **kwargs}
+    arguments = {**usual_input(variant, kwargs.get("pretrained_cfg")), **defaults, **kwargs}
     # features_only goes through forward_intermediates ("getter"), which gives NCHW maps.
     out_indices = arguments.pop("out_indices", min(3, arguments.get("depth", 3)))
     model: Model = build_model_with_cfg(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from timm_xformers.layers.seq_pool import SeqPool
 from timm_xformers.layers.tokenizer import ConvTokenizer
 from timm_xformers.models._cfg import default_configs, small_image_cfg
-from timm_xformers.models._register import register_model
+from timm_xformers.models._register import register_models
 from timm_xformers.models._trunk import Trunk, build, filter_trunk
 
 __all__ = ["CCX"]
@@ -39,22 +39,8 @@ _NO_PLACE = ("fix_init", "init_values", "scale_mlp_norm")
 class CCXBlock(nn.Module):
     """CCT's block on tokens (B, N, C): the MLP's residual starts behind the second norm.
 
-    ``x = x + attn(norm1(x))``; ``x = norm2(x)``; ``x = x + mlp(x)``.
-
-    Args:
-        dim: Token width C.
-        num_heads: Number of heads.
-        attn_layer: Class of the mechanism.
-        mlp_layer: Class of the MLP.
-        norm_layer: Class of the norms.
-        act_layer: Non-linearity of the MLP.
-        mlp_ratio: Hidden width of the MLP as a multiple of C.
-        proj_bias: Bias of the attention's output projection and of the MLP.
-        proj_drop: Dropout probability after the output projection and in the MLP.
-        drop_path: Probability of leaving out a branch.
-        device: Where to create the parameters.
-        dtype: Their type.
-        **attention: More arguments of the mechanism.
+    ``x = x + attn(norm1(x))``; ``x = norm2(x)``; ``x = x + mlp(x)``. Arguments are those of timm's
+    `Block`; the ones that are not named go to the mechanism.
     """
 
     def __init__(
@@ -232,23 +218,9 @@ def _cfg_224() -> dict[str, Any]:
     )
 
 
-default_cfgs = default_configs(
-    {
-        **{f"cc{letter}": _cfg() for letter in "tpnl"},
-        **{
-            f"cc{letter}_{size}": _cfg()
-            for size in ("2_3x2_32", "4_3x2_32", "6_3x1_32", "7_3x1_32")
-            for letter in "tpnl"
-        },
-        **{f"cc{letter}_14_7x2_224": _cfg_224() for letter in "tpn"},
-    }
-)
-
-
 def _cc_1024(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> CCX:
     defaults = {
         "attn_layer": attention,
-        "img_size": 32,
         "num_convs": 3,
         "pool_stride": 1,
         "embed_dim": 128,
@@ -263,7 +235,7 @@ def _cc_1024(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> C
 
 def _cc(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> CCX:
     """Geometry of the CCT paper, read from the name."""
-    _, depth, convs, img_size = variant.split("_")
+    _, depth, convs, _ = variant.split("_")
     kernel, num_convs = (int(n) for n in convs.split("x"))
     embed_dim, num_heads, mlp_ratio = {
         "2": (128, 2, 1.0),
@@ -274,7 +246,6 @@ def _cc(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> CCX:
     }[depth]
     defaults = {
         "attn_layer": attention,
-        "img_size": int(img_size),
         "conv_kernel": kernel,
         "conv_stride": max(1, kernel // 2 - 1),
         "num_convs": num_convs,
@@ -288,139 +259,43 @@ def _cc(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> CCX:
     return build(CCX, variant, pretrained, defaults, checkpoint_filter_fn, **kwargs)
 
 
-@register_model
-def cct(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """Compact transformer on 1,024 tokens with exact attention, the baseline."""
-    return _cc_1024("cct", "softmax", pretrained, **kwargs)
+_MECHANISMS = {
+    "t": ("softmax", "exact attention"),
+    "p": ("performer_softmax_m64", "64 positive random features"),
+    "n": ("nystrom_l64_conv33", "64 landmarks and a convolution"),
+    "l": ("linformer_k64", "64 projected keys"),
+}
+# Of 64 tokens, 16 landmarks and 32 projected keys are enough.
+_FEW = _MECHANISMS | {
+    "n": ("nystrom_l16_conv33", "16 landmarks and a convolution"),
+    "l": ("linformer_k32", "32 projected keys"),
+}
+_1024_TOKENS = "Compact transformer on 1,024 tokens with"
 
+# Name: mechanism, and what the model is.
+PAPER = {
+    "cct": ("softmax", f"{_1024_TOKENS} exact attention, the baseline."),
+    "ccp": ("performer_softmax_m64", f"{_1024_TOKENS} 64 positive random features (Performer)."),
+    "ccn": ("nystrom_l64_conv33", f"{_1024_TOKENS} 64 landmarks and a convolution (Nyström)."),
+    "ccl": ("linformer_k64", f"{_1024_TOKENS} 64 projected keys (Linformer)."),
+}
+COMPACT = {
+    f"cc{letter}_{depth}_{convs}_{pixels}": (
+        mechanisms[letter][0],
+        f"CCT-{depth}/{convs}, {tokens} tokens, {mechanisms[letter][1]}.",
+    )
+    for depth, convs, pixels, tokens, letters, mechanisms in (
+        (2, "3x2", 32, 64, "tpnl", _FEW),
+        (4, "3x2", 32, 64, "tpnl", _FEW),
+        (6, "3x1", 32, 256, "tpnl", _MECHANISMS),
+        (7, "3x1", 32, 256, "tpnl", _MECHANISMS),
+        (14, "7x2", 224, 196, "tpn", _MECHANISMS),
+    )
+    for letter in letters
+}
 
-@register_model
-def ccp(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """Compact transformer on 1,024 tokens with 64 positive random features (Performer)."""
-    return _cc_1024("ccp", "performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def ccn(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """Compact transformer on 1,024 tokens with 64 landmarks and a convolution (Nyström)."""
-    return _cc_1024("ccn", "nystrom_l64_conv33", pretrained, **kwargs)
-
-
-@register_model
-def ccl(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """Compact transformer on 1,024 tokens with 64 projected keys (Linformer)."""
-    return _cc_1024("ccl", "linformer_k64", pretrained, **kwargs)
-
-
-@register_model
-def cct_2_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-2/3x2, 64 tokens, exact attention."""
-    return _cc("cct_2_3x2_32", "softmax", pretrained, **kwargs)
-
-
-@register_model
-def ccp_2_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-2/3x2, 64 tokens, 64 positive random features."""
-    return _cc("ccp_2_3x2_32", "performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def ccn_2_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-2/3x2, 64 tokens, 16 landmarks and a convolution."""
-    return _cc("ccn_2_3x2_32", "nystrom_l16_conv33", pretrained, **kwargs)
-
-
-@register_model
-def ccl_2_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-2/3x2, 64 tokens, 32 projected keys."""
-    return _cc("ccl_2_3x2_32", "linformer_k32", pretrained, **kwargs)
-
-
-@register_model
-def cct_4_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-4/3x2, 64 tokens, exact attention."""
-    return _cc("cct_4_3x2_32", "softmax", pretrained, **kwargs)
-
-
-@register_model
-def ccp_4_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-4/3x2, 64 tokens, 64 positive random features."""
-    return _cc("ccp_4_3x2_32", "performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def ccn_4_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-4/3x2, 64 tokens, 16 landmarks and a convolution."""
-    return _cc("ccn_4_3x2_32", "nystrom_l16_conv33", pretrained, **kwargs)
-
-
-@register_model
-def ccl_4_3x2_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-4/3x2, 64 tokens, 32 projected keys."""
-    return _cc("ccl_4_3x2_32", "linformer_k32", pretrained, **kwargs)
-
-
-@register_model
-def cct_6_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-6/3x1, 256 tokens, exact attention."""
-    return _cc("cct_6_3x1_32", "softmax", pretrained, **kwargs)
-
-
-@register_model
-def ccp_6_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-6/3x1, 256 tokens, 64 positive random features."""
-    return _cc("ccp_6_3x1_32", "performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def ccn_6_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-6/3x1, 256 tokens, 64 landmarks and a convolution."""
-    return _cc("ccn_6_3x1_32", "nystrom_l64_conv33", pretrained, **kwargs)
-
-
-@register_model
-def ccl_6_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-6/3x1, 256 tokens, 64 projected keys."""
-    return _cc("ccl_6_3x1_32", "linformer_k64", pretrained, **kwargs)
-
-
-@register_model
-def cct_7_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-7/3x1, 256 tokens, exact attention."""
-    return _cc("cct_7_3x1_32", "softmax", pretrained, **kwargs)
-
-
-@register_model
-def ccp_7_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-7/3x1, 256 tokens, 64 positive random features."""
-    return _cc("ccp_7_3x1_32", "performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def ccn_7_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-7/3x1, 256 tokens, 64 landmarks and a convolution."""
-    return _cc("ccn_7_3x1_32", "nystrom_l64_conv33", pretrained, **kwargs)
-
-
-@register_model
-def ccl_7_3x1_32(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-7/3x1, 256 tokens, 64 projected keys."""
-    return _cc("ccl_7_3x1_32", "linformer_k64", pretrained, **kwargs)
-
-
-@register_model
-def cct_14_7x2_224(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-14/7x2, 196 tokens, exact attention."""
-    return _cc("cct_14_7x2_224", "softmax", pretrained, **kwargs)
-
-
-@register_model
-def ccp_14_7x2_224(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-14/7x2, 196 tokens, 64 positive random features."""
-    return _cc("ccp_14_7x2_224", "performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def ccn_14_7x2_224(pretrained: bool = False, **kwargs: Any) -> CCX:
-    """CCT-14/7x2, 196 tokens, 64 landmarks and a convolution."""
-    return _cc("ccn_14_7x2_224", "nystrom_l64_conv33", pretrained, **kwargs)
+default_cfgs = default_configs(
+    {name: _cfg_224() if name.endswith("_224") else _cfg() for name in PAPER | COMPACT}
+)
+register_models(__name__, _cc_1024, PAPER)
+register_models(__name__, _cc, COMPACT)

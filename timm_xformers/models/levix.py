@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from timm_xformers.layers.tokenizer import ConvEmbed
 from timm_xformers.models._cfg import default_configs, small_image_cfg
-from timm_xformers.models._register import register_model
+from timm_xformers.models._register import register_models
 from timm_xformers.models._trunk import Trunk, build
 
 __all__ = ["LeViX"]
@@ -57,19 +57,9 @@ class Classifier(NormLinear):
 class LeViXBlock(nn.Module):
     """``x + attn(x)``, then ``x + mlp(x)``, on tokens (B, N, C); norms lie inside the maps.
 
-    Args:
-        dim: Token width C.
-        num_heads: Number of heads.
-        attn_layer: Class of the mechanism; its projections are replaced by LeViT's.
-        norm: Where BatchNorms are, see `LeViX`.
-        mlp_ratio: Hidden width of the MLP as a multiple of C.
-        qkv_bias: Bias of the query, key and value projection, where no norm follows it.
-        act_layer: Non-linearity of the MLP and before the output projection.
-        attn_drop: Dropout probability on the attention map, where there is one.
-        proj_drop: Dropout probability after the output projection and in the MLP.
-        drop_path: Probability of leaving out a branch.
-        device: Where to create the parameters.
-        dtype: Their type.
+    Arguments are those of timm's `Block`, and ``norm``: where BatchNorms are, see `LeViX`. The
+    mechanism's projections are replaced by LeViT's, and ``act_layer`` stands before the output
+    projection too.
 
     Raises:
         ValueError: A mechanism without projections.
@@ -208,15 +198,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
-default_cfgs = default_configs(
-    {"levit_1stage": _cfg(), "levip": _cfg(), "levin": _cfg(), "levil": _cfg()}
-)
-
-
 def _levix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> LeViX:
     defaults = {
         "attn_layer": attention,
-        "img_size": 32,
         "patch_size": 1,
         "embed_dim": 128,
         "depth": 4,
@@ -229,25 +213,23 @@ def _levix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> LeV
     return build(LeViX, variant, pretrained, defaults, **kwargs)
 
 
-@register_model
-def levit_1stage(pretrained: bool = False, **kwargs: Any) -> LeViX:
-    """LeViT in one stage with exact attention, the baseline."""
-    return _levix("levit_1stage", "softmax", pretrained, **kwargs)
+_ONE_STAGE = "LeViT in one stage with"
+# Name: mechanism, and what the model is.
+MODELS = {
+    "levit_1stage": ("softmax", f"{_ONE_STAGE} exact attention, the baseline."),
+    "levip": (
+        "performer_softmax_m64",
+        f"{_ONE_STAGE} Performer attention: positive random features, 64 of them.",
+    ),
+    "levin": (
+        "nystrom_l64_conv33",
+        f"{_ONE_STAGE} Nyström attention, 64 landmarks, residual convolution of 33.",
+    ),
+    "levil": (
+        "linformer_k64",
+        f"{_ONE_STAGE} Linformer attention, 64 projected keys and values.",
+    ),
+}
 
-
-@register_model
-def levip(pretrained: bool = False, **kwargs: Any) -> LeViX:
-    """LeViT in one stage with Performer attention: positive random features, 64 of them."""
-    return _levix("levip", "performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def levin(pretrained: bool = False, **kwargs: Any) -> LeViX:
-    """LeViT in one stage with Nyström attention, 64 landmarks, residual convolution of 33."""
-    return _levix("levin", "nystrom_l64_conv33", pretrained, **kwargs)
-
-
-@register_model
-def levil(pretrained: bool = False, **kwargs: Any) -> LeViX:
-    """LeViT in one stage with Linformer attention, 64 projected keys and values."""
-    return _levix("levil", "linformer_k64", pretrained, **kwargs)
+default_cfgs = default_configs({name: _cfg() for name in MODELS})
+register_models(__name__, _levix, MODELS)

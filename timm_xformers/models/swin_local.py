@@ -25,10 +25,11 @@ from timm.models.swin_transformer import (
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from torch import Tensor, nn
 
+from timm_xformers.layers.tokenizer import check_img_size
 from timm_xformers.layers.windows import merge, partition, window_mask
 from timm_xformers.models._cfg import default_configs, small_image_cfg
 from timm_xformers.models._register import register_model
-from timm_xformers.models._trunk import build, check_img_size
+from timm_xformers.models._trunk import build
 
 __all__ = ["SwinLocal"]
 
@@ -99,7 +100,7 @@ class GridWindowBlock(SwinTransformerBlock):
         ids = torch.arange(rows * cols, device=device).reshape(1, rows, cols, 1)
         ids = partition(ids, self.window_size, self.shift_size, -1.0)
         ids = ids.reshape(-1, ids.shape[3])  # (windows, w), -1 for padding
-        seen = window_mask(ids, ids, cols, 0, self.window_size, shifted, False)
+        seen = window_mask(ids, cols, self.window_size, shifted)
         # What padding sees is thrown away; it sees all, so that no row is empty.
         seen = seen | (ids < 0).unsqueeze(2)
         return torch.zeros(seen.shape, device=device, dtype=dtype).masked_fill(~seen, float("-inf"))
@@ -202,18 +203,8 @@ class SwinLocal(SwinTransformer):
         window_size: Side of the windows, or (rows, columns) per stage. Flattened windows have as
             many tokens. Windows keep their size when the image changes; maps smaller than a window
             are one.
-        depths: Blocks per stage.
-        num_heads: Heads per stage.
-        head_dim: Head width; the stage's width over its heads if None.
-        mlp_ratio: Hidden width of the MLP as a multiple of the stage's.
-        qkv_bias: Give the query, key and value projection a bias.
-        proj_drop_rate: Dropout probability after projections.
-        attn_drop_rate: Dropout probability on the attention map.
-        drop_path_rate: Probability of leaving out a branch, in the last block.
-        norm_layer: Constructor of the norms.
-        img_size: Height and width.
-        patch_size: Pixels per token and side, in the first stage.
-        **kwargs: Other arguments of timm's `SwinTransformer`.
+        **kwargs: As all others, arguments of timm's `SwinTransformer`, with defaults for images of
+            32 pixels.
 
     Raises:
         ValueError: An image that the patches do not divide, or windows for other stages.

@@ -18,8 +18,8 @@ from torch import nn
 
 from timm_xformers.layers.tokenizer import ConvEmbed
 from timm_xformers.models._cfg import default_configs, small_image_cfg
-from timm_xformers.models._register import register_model
-from timm_xformers.models._trunk import Trunk, build, check_img_size
+from timm_xformers.models._register import register_models
+from timm_xformers.models._trunk import Trunk, build
 
 __all__ = ["ViX"]
 
@@ -35,29 +35,17 @@ class ViX(Trunk):
         **kwargs: Arguments of `Trunk` and of timm's `VisionTransformer`.
 
     Raises:
-        ValueError: An image that the patches do not divide, or what `Trunk` refuses.
+        ValueError: What `Trunk` refuses.
         TypeError: An argument that nobody has.
     """
 
     def __init__(
         self, *, stem_act: bool | None = None, pos_embed_std: float = 1.0, **kwargs: Any
     ) -> None:
-        if not kwargs.get("dynamic_img_pad", False):
-            check_img_size(kwargs.get("img_size", 224), kwargs.get("patch_size", 16))
         if stem_act is not None:
             act_layer = nn.ReLU if stem_act else nn.Identity
             kwargs["embed_layer"] = partial(ConvEmbed, act_layer=act_layer)
         super().__init__(pos_embed_std=pos_embed_std, **kwargs)
-
-    def set_input_size(
-        self,
-        img_size: tuple[int, int] | None = None,
-        patch_size: tuple[int, int] | None = None,
-    ) -> None:
-        """Change the image or patch size: positions and sequence projections are interpolated."""
-        if img_size is not None:
-            check_img_size(img_size, patch_size or self.patch_embed.patch_size)
-        super().set_input_size(img_size, patch_size)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -75,34 +63,9 @@ def _imagenet_cfg() -> dict[str, Any]:
     return _cfg(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
 
 
-default_cfgs = default_configs(
-    {
-        **{f"vix_{name}": _cfg() for name in ("softmax", "nystrom", "linformer", "fnet")},
-        **{f"vix_performer_softmax_m{m}": _cfg() for m in (16, 32, 64, 128, 256)},
-        **{f"vix_performer_relu_m{m}": _cfg() for m in (16, 32, 64, 128, 256)},
-        **{f"vix_performer_{kernel}_m64": _cfg() for kernel in ("exp", "gelu", "elu", "learned")},
-        **{f"vix_local1d_w{w}": _cfg() for w in (16, 64, 256)},
-        **{f"vix_local2d_w{w}": _cfg() for w in (4, 8, 16)},
-        **{
-            f"hybrid_vix_{mechanism}": _cfg(first_conv="patch_embed.convs.0")
-            for mechanism in (
-                *("softmax", "performer_relu_m64", "performer_softmax_m32"),
-                *("nystrom", "linformer"),
-            )
-        },
-        **{
-            f"vix_{size}_patch16_224_{mechanism}": _imagenet_cfg()
-            for size in ("tiny", "small", "base")
-            for mechanism in ("performer_relu_m64", "performer_softmax_m64", "nystrom_l64")
-        },
-    }
-)
-
-
 def _vix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> ViX:
     defaults = {
         "attn_layer": attention,
-        "img_size": 32,
         "patch_size": 1,
         "embed_dim": 128,
         "depth": 4,
@@ -122,13 +85,13 @@ def _hybrid_vix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -
     return _vix(variant, attention, pretrained, **{**defaults, **kwargs})
 
 
-def _vix_imagenet(variant: str, pretrained: bool, **kwargs: Any) -> ViX:
-    """Size and mechanism of ``vix_{size}_patch16_224_{mechanism}``, read from the name."""
-    _, size, _, _, attention = variant.split("_", 4)
-    embed_dim, num_heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[size]
+def _vix_imagenet(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> ViX:
+    """Size of ``vix_{size}_patch16_224_{mechanism}``, read from the name."""
+    embed_dim, num_heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[
+        variant.split("_")[1]
+    ]
     defaults = {
         "attn_layer": attention,
-        "img_size": 224,
         "patch_size": 16,
         "embed_dim": embed_dim,
         "depth": 12,
@@ -138,231 +101,87 @@ def _vix_imagenet(variant: str, pretrained: bool, **kwargs: Any) -> ViX:
     return build(ViX, variant, pretrained, defaults, **kwargs)
 
 
-@register_model
-def vix_softmax(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with exact attention, the baseline."""
-    return _vix("vix_softmax", "softmax", pretrained, **kwargs)
+_RANDOM = "softmax attention estimated from positive random features (FAVOR+)"
+_SHIFTED = "shifted in every second block"
+_NYSTROM = "Nyström attention, 64 landmarks, residual convolution of 33"
+_LINFORMER = "Linformer attention, 64 projected keys and values"
+_FEATURES = (16, 32, 64, 128, 256)
 
-
-@register_model
-def vix_performer_softmax_m16(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with softmax attention estimated from positive random features (FAVOR+), 16 features."""
-    return _vix("vix_performer_softmax_m16", "performer_softmax_m16", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_softmax_m32(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with softmax attention estimated from positive random features (FAVOR+), 32 features."""
-    return _vix("vix_performer_softmax_m32", "performer_softmax_m32", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_softmax_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with softmax attention estimated from positive random features (FAVOR+), 64 features."""
-    return _vix("vix_performer_softmax_m64", "performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_softmax_m128(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with softmax attention estimated from positive random features (FAVOR+), 128 features."""
-    return _vix("vix_performer_softmax_m128", "performer_softmax_m128", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_softmax_m256(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with softmax attention estimated from positive random features (FAVOR+), 256 features."""
-    return _vix("vix_performer_softmax_m256", "performer_softmax_m256", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_relu_m16(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with the relu kernel, 16 features."""
-    return _vix("vix_performer_relu_m16", "performer_relu_m16", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_relu_m32(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with the relu kernel, 32 features."""
-    return _vix("vix_performer_relu_m32", "performer_relu_m32", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_relu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with the relu kernel, 64 features."""
-    return _vix("vix_performer_relu_m64", "performer_relu_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_relu_m128(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with the relu kernel, 128 features."""
-    return _vix("vix_performer_relu_m128", "performer_relu_m128", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_relu_m256(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with the relu kernel, 256 features."""
-    return _vix("vix_performer_relu_m256", "performer_relu_m256", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_exp_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with the exponential kernel, 64 features."""
-    return _vix("vix_performer_exp_m64", "performer_exp_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_gelu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with the gelu kernel, 64 features."""
-    return _vix("vix_performer_gelu_m64", "performer_gelu_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_elu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with the elu + 1 kernel, 64 features."""
-    return _vix("vix_performer_elu_m64", "performer_elu_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_performer_learned_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with a learned feature map, 64 features."""
-    return _vix("vix_performer_learned_m64", "performer_learned_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_nystrom(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with Nyström attention, 64 landmarks, residual convolution of 33."""
-    return _vix("vix_nystrom", "nystrom_l64_conv33", pretrained, **kwargs)
-
-
-@register_model
-def vix_linformer(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with Linformer attention, 64 projected keys and values."""
-    return _vix("vix_linformer", "linformer_k64", pretrained, **kwargs)
-
-
-@register_model
-def vix_local1d_w16(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with windows of 16 in the flattened sequence, shifted in every second block."""
-    return _vix("vix_local1d_w16", "local1d_w16_shifted", pretrained, **kwargs)
-
-
-@register_model
-def vix_local1d_w64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with windows of 64 in the flattened sequence, shifted in every second block."""
-    return _vix("vix_local1d_w64", "local1d_w64_shifted", pretrained, **kwargs)
-
-
-@register_model
-def vix_local1d_w256(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with windows of 256 in the flattened sequence, shifted in every second block."""
-    return _vix("vix_local1d_w256", "local1d_w256_shifted", pretrained, **kwargs)
-
-
-@register_model
-def vix_local2d_w4(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with 4x4 windows of the grid, shifted in every second block."""
-    return _vix("vix_local2d_w4", "local2d_w4_shifted", pretrained, **kwargs)
-
-
-@register_model
-def vix_local2d_w8(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with 8x8 windows of the grid, shifted in every second block."""
-    return _vix("vix_local2d_w8", "local2d_w8_shifted", pretrained, **kwargs)
-
-
-@register_model
-def vix_local2d_w16(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with 16x16 windows of the grid, shifted in every second block."""
-    return _vix("vix_local2d_w16", "local2d_w16_shifted", pretrained, **kwargs)
-
-
-@register_model
-def vix_fnet(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViX with Fourier mixing in place of attention."""
-    return _vix("vix_fnet", "fnet", pretrained, **kwargs)
-
-
-@register_model
-def hybrid_vix_softmax(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """Hybrid ViX with exact attention."""
-    return _hybrid_vix("hybrid_vix_softmax", "softmax", pretrained, **kwargs)
-
-
-@register_model
-def hybrid_vix_performer_relu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """Hybrid ViX with the relu kernel, 64 features."""
-    return _hybrid_vix("hybrid_vix_performer_relu_m64", "performer_relu_m64", pretrained, **kwargs)
-
-
-@register_model
-def hybrid_vix_performer_softmax_m32(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """Hybrid ViX with positive random features, 32 of them."""
-    return _hybrid_vix(
-        "hybrid_vix_performer_softmax_m32", "performer_softmax_m32", pretrained, **kwargs
+# Name: mechanism, and what the model is.
+VIX = {
+    "vix_softmax": ("softmax", "ViX with exact attention, the baseline."),
+    **{
+        f"vix_performer_softmax_m{m}": (
+            f"performer_softmax_m{m}",
+            f"ViX with {_RANDOM}, {m} features.",
+        )
+        for m in _FEATURES
+    },
+    **{
+        f"vix_performer_relu_m{m}": (
+            f"performer_relu_m{m}",
+            f"ViX with the relu kernel, {m} features.",
+        )
+        for m in _FEATURES
+    },
+    "vix_performer_exp_m64": (
+        "performer_exp_m64",
+        "ViX with the exponential kernel, 64 features.",
+    ),
+    "vix_performer_gelu_m64": ("performer_gelu_m64", "ViX with the gelu kernel, 64 features."),
+    "vix_performer_elu_m64": ("performer_elu_m64", "ViX with the elu + 1 kernel, 64 features."),
+    "vix_performer_learned_m64": (
+        "performer_learned_m64",
+        "ViX with a learned feature map, 64 features.",
+    ),
+    "vix_nystrom": ("nystrom_l64_conv33", f"ViX with {_NYSTROM}."),
+    "vix_linformer": ("linformer_k64", f"ViX with {_LINFORMER}."),
+    **{
+        f"vix_local1d_w{w}": (
+            f"local1d_w{w}_shifted",
+            f"ViX with windows of {w} in the flattened sequence, {_SHIFTED}.",
+        )
+        for w in (16, 64, 256)
+    },
+    **{
+        f"vix_local2d_w{w}": (
+            f"local2d_w{w}_shifted",
+            f"ViX with {w}x{w} windows of the grid, {_SHIFTED}.",
+        )
+        for w in (4, 8, 16)
+    },
+    "vix_fnet": ("fnet", "ViX with Fourier mixing in place of attention."),
+}
+HYBRID = {
+    "hybrid_vix_softmax": ("softmax", "Hybrid ViX with exact attention."),
+    "hybrid_vix_performer_relu_m64": (
+        "performer_relu_m64",
+        "Hybrid ViX with the relu kernel, 64 features.",
+    ),
+    "hybrid_vix_performer_softmax_m32": (
+        "performer_softmax_m32",
+        "Hybrid ViX with positive random features, 32 of them.",
+    ),
+    "hybrid_vix_nystrom": ("nystrom_l64_conv33", f"Hybrid ViX with {_NYSTROM}."),
+    "hybrid_vix_linformer": ("linformer_k64", f"Hybrid ViX with {_LINFORMER}."),
+}
+IMAGENET = {
+    f"vix_{size}_patch16_224_{attention}": (attention, f"ViT-{letters}/16 with {words}.")
+    for size, letters in (("tiny", "Ti"), ("small", "S"), ("base", "B"))
+    for attention, words in (
+        ("performer_relu_m64", "the relu kernel, 64 features"),
+        ("performer_softmax_m64", "positive random features, 64 of them"),
+        ("nystrom_l64", "Nyström attention, 64 landmarks"),
     )
+}
 
-
-@register_model
-def hybrid_vix_nystrom(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """Hybrid ViX with Nyström attention, 64 landmarks, residual convolution of 33."""
-    return _hybrid_vix("hybrid_vix_nystrom", "nystrom_l64_conv33", pretrained, **kwargs)
-
-
-@register_model
-def hybrid_vix_linformer(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """Hybrid ViX with Linformer attention, 64 projected keys and values."""
-    return _hybrid_vix("hybrid_vix_linformer", "linformer_k64", pretrained, **kwargs)
-
-
-@register_model
-def vix_tiny_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-Ti/16 with the relu kernel, 64 features."""
-    return _vix_imagenet("vix_tiny_patch16_224_performer_relu_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_tiny_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-Ti/16 with positive random features, 64 of them."""
-    return _vix_imagenet("vix_tiny_patch16_224_performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_tiny_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-Ti/16 with Nyström attention, 64 landmarks."""
-    return _vix_imagenet("vix_tiny_patch16_224_nystrom_l64", pretrained, **kwargs)
-
-
-@register_model
-def vix_small_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-S/16 with the relu kernel, 64 features."""
-    return _vix_imagenet("vix_small_patch16_224_performer_relu_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_small_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-S/16 with positive random features, 64 of them."""
-    return _vix_imagenet("vix_small_patch16_224_performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_small_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-S/16 with Nyström attention, 64 landmarks."""
-    return _vix_imagenet("vix_small_patch16_224_nystrom_l64", pretrained, **kwargs)
-
-
-@register_model
-def vix_base_patch16_224_performer_relu_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-B/16 with the relu kernel, 64 features."""
-    return _vix_imagenet("vix_base_patch16_224_performer_relu_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_base_patch16_224_performer_softmax_m64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-B/16 with positive random features, 64 of them."""
-    return _vix_imagenet("vix_base_patch16_224_performer_softmax_m64", pretrained, **kwargs)
-
-
-@register_model
-def vix_base_patch16_224_nystrom_l64(pretrained: bool = False, **kwargs: Any) -> ViX:
-    """ViT-B/16 with Nyström attention, 64 landmarks."""
-    return _vix_imagenet("vix_base_patch16_224_nystrom_l64", pretrained, **kwargs)
+default_cfgs = default_configs(
+    {
+        **{name: _cfg() for name in VIX},
+        **{name: _cfg(first_conv="patch_embed.convs.0") for name in HYBRID},
+        **{name: _imagenet_cfg() for name in IMAGENET},
+    }
+)
+register_models(__name__, _vix, VIX)
+register_models(__name__, _hybrid_vix, HYBRID)
+register_models(__name__, _vix_imagenet, IMAGENET)

@@ -110,9 +110,7 @@ def vix_mnist_nano(pretrained: bool = False, **kwargs: Any) -> ViXNano:
     defaults = {
         "attn_layer": "softmax",
         "pos_embed": "sine",
-        "img_size": 28,
         "patch_size": 4,
-        "in_chans": 1,
         "embed_dim": 8,
         "depth": 3,
         "num_heads": 2,

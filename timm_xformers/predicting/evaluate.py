@@ -9,13 +9,13 @@ from typing import Any, Literal
 from torch import nn
 
 from timm_xformers.data.data import Data, make_batches, open_data
-from timm_xformers.data.preprocessing import Preprocessing, input_size
+from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.predicting.classes import class_names
 from timm_xformers.recipe import Recipe, load_recipe
 from timm_xformers.records.results_json import Record, environment, split_fields
 from timm_xformers.records.run_folder import RunFolder
-from timm_xformers.training.build import build_model, check_input, is_multi_label
+from timm_xformers.training.build import build_for, check_input, is_multi_label
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.metrics import evaluate_model, write_classes
 
@@ -34,7 +34,7 @@ def evaluate(
     """Evaluate a model on inputs as its weights expect them, classes matched by name.
 
     Args:
-        recipe: Names model and data. ``img_size`` goes over the size that the weights name.
+        recipe: Names model and data. Its size of the input goes over the one that the weights name.
         split: Which images.
         checkpoint: Weights to load instead of those that belong to the model's name. A bare file
             says nothing of sizes and normalisation, so these follow from the data, as in training.
@@ -88,8 +88,7 @@ def evaluate(
         model_kwargs=recipe.model_kwargs,
         params=sum(parameter.numel() for parameter in model.parameters()),
         data=recipe.data,
-        img_size=preprocessing.img_size,
-        in_chans=preprocessing.in_chans,
+        **preprocessing.size_fields,
         num_classes=data.num_classes,
         skipped_images=len(data.skipped),
         data_notes=data.kept_notes,
@@ -119,8 +118,7 @@ def open_published(
     arguments = dict(recipe.model_kwargs)
     if recipe.in_chans is not None:
         arguments["in_chans"] = recipe.in_chans
-    model, _ = build_model(recipe.model, img_size=recipe.img_size, pretrained=True, **arguments)
-    preprocessing = Preprocessing.of_model(model, recipe.img_size, arguments.get("in_chans"))
+    model, preprocessing = build_for(recipe, pretrained=True, **arguments)
     if is_multi_label(model):
         recipe = dataclasses.replace(recipe, multi_label=True, loss="bce")
     elif recipe.multi_label:
@@ -131,8 +129,7 @@ def open_published(
     num_classes: Any = model.num_classes
     fitted = dataclasses.replace(
         recipe,
-        img_size=preprocessing.img_size,
-        in_chans=preprocessing.in_chans,
+        **preprocessing.size_fields,
         num_classes=recipe.num_classes or num_classes,
     )
     data = open_data(fitted, [split], class_names(model), skip_unknown=skip_unknown)
@@ -152,16 +149,13 @@ def _from_file(
     )
     if (checkpoint.parent / "config.json").is_file():
         say(f"the folder says more: --model local-dir:{checkpoint.parent} goes by names")
-    img_size = input_size(recipe.img_size, data.img_size)
     arguments = {
         "in_chans": data.in_chans,
         "num_classes": data.num_classes,
         **recipe.model_kwargs,
     }
-    model, _ = build_model(recipe.model, img_size=img_size, checkpoint=checkpoint, **arguments)
-    preprocessing = Preprocessing.of_model(model, img_size, data.in_chans)
-    preprocessing = data.preprocess(preprocessing, recipe.normalize)
-    return model, data, preprocessing
+    model, preprocessing = build_for(recipe, data, checkpoint=checkpoint, **arguments)
+    return model, data, data.preprocess(preprocessing, recipe.normalize)
 
 
 def _refuse_training_images(recipe: Recipe, data: Data) -> None:

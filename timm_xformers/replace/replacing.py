@@ -189,8 +189,9 @@ def _refuse(model: nn.Module, sites: list[Site], relative_bias: str, keep_weight
         if reason is None and not site.name:
             reason = "is the model itself; pass the model around it"
         if reason is None and issubclass(form_of(site), BiasForm) and relative_bias != "drop":
-            original = _original(site)
-            own = [getattr(original, n, None) for n in ("relative_position_bias_table", "rel_pos")]
+            own = [
+                getattr(site.original, n, None) for n in ("relative_position_bias_table", "rel_pos")
+            ]
             if shared or any(bias is not None for bias in own):
                 reason = BIASED
         if reason is None and not keep_weights and issubclass(form_of(site), ParallelForm):
@@ -201,10 +202,6 @@ def _refuse(model: nn.Module, sites: list[Site], relative_bias: str, keep_weight
         name, kind, reason = refused[0]
         more = f" ({len(refused)} layers are refused; nothing was changed)"
         raise ValueError(f"{name or type(model).__name__} ({kind}) {reason}.{more}")
-
-
-def _original(site: Site) -> nn.Module:
-    return site.module.original if isinstance(site.module, Form) else site.module
 
 
 def _make(site: Site, choice: Choice) -> Form:

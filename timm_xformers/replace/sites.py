@@ -39,6 +39,11 @@ class Site:
     head_dim: int
     refused: str | None = None
 
+    @property
+    def original(self) -> nn.Module:
+        """The layer that stood here before anything was replaced."""
+        return self.module.original if isinstance(self.module, Form) else self.module
+
 
 # What the refusal of a relative bias says; `relative_bias="drop"` lifts it.
 BIASED = (
@@ -160,10 +165,9 @@ def _head_dim(module: nn.Module, heads: int) -> int:
 
 def form_of(site: Site) -> type[Form]:
     """The form for what stands at a site that is not refused, a replaced layer included."""
-    source = site.module.original if isinstance(site.module, Form) else site.module
-    if isinstance(source, nn.MultiheadAttention):
+    if isinstance(site.original, nn.MultiheadAttention):
         return TorchForm
-    known = _known(source)
+    known = _known(site.original)
     return Form if known is None else _KINDS[known][1]
 
 

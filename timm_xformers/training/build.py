@@ -10,13 +10,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from timm_xformers.data.data import Data
+from timm_xformers.data.preprocessing import Preprocessing, input_size
 from timm_xformers.errors import UsageError, UserError, nearest
 from timm_xformers.files.atomic import MANIFEST_FILE, find_damage, sha256_of
 from timm_xformers.layers.layout import complete_token_layout
+from timm_xformers.recipe import Recipe
 from timm_xformers.replace import replace_attention
 
 __all__ = [
-    *("MULTI_LABEL", "build_model", "check_input", "is_multi_label", "replace_in", "weights_name")
+    *("MULTI_LABEL", "build_for", "build_model", "check_input"),
+    *("is_multi_label", "replace_in", "weights_name"),
 ]
 
 # Among the notes of a model's configuration, where images may have several classes; the word is
@@ -84,6 +88,18 @@ def build_model(
     return model, arguments
 
 
+def build_for(
+    recipe: Recipe, data: Data | None = None, **arguments: Any
+) -> tuple[nn.Module, Preprocessing]:
+    """The model of a recipe, at the size that this asks for or the data has, and what it expects.
+
+    Without either, its weights decide. Further arguments and failures are those of `build_model`.
+    """
+    side = input_size(recipe.img_size, None if data is None else data.img_size)
+    model, _ = build_model(recipe.model, img_size=side, **arguments)
+    return model, Preprocessing.of_model(model, side, arguments.get("in_chans"))
+
+
 def replace_in(
     model: Any, settings: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str]:
@@ -131,11 +147,7 @@ def is_multi_label(model: Any) -> bool:
 
 
 def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Try one input, so that a size or a channel count that does not fit is known at once.
-
-    Args:
-        model: On the CPU.
-        shape: (C, H, W).
+    """Try an input (C, H, W) on the CPU, so that one that does not fit is known at once.
 
     Raises:
         UserError: With the reason.

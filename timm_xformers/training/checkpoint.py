@@ -104,16 +104,10 @@ def save_last(
     rows: list[EpochRow],
     origin: dict[str, Any],
 ) -> None:
-    """Write what `save_best` writes, and what the run needs to go on.
+    """Write what `save_best` does, of the model as it is trained, and what the run needs to go on.
 
-    Args:
-        folder: The run's ``last``.
-        model: As it is being trained, not averaged.
-        info: What is kept beside the weights.
-        state: Tensors and plain values: optimiser, averaged weights, scaler.
-        progression: How far the run got.
-        rows: Of the finished epochs.
-        origin: What the run was started with: its ``recipe`` and its ``data``, as JSON has them.
+    The state holds tensors and plain values: optimiser, averaged weights, scaler. The origin is
+    what the run was started with: its ``recipe`` and its ``data``, as JSON has them.
     """
     with write_folder(folder, keep_previous=True) as fresh:
         _export(fresh, model, info)

@@ -16,15 +16,7 @@ SAFE_FLAG = "-fno-tree-slp-vectorize"
 
 
 def compile_model(model: nn.Module, *, dynamic: bool | None = None) -> Any:
-    """Compile a model by `torch.compile`, with kernels for this processor that can be trusted.
-
-    Args:
-        model: Any module.
-        dynamic: As in `torch.compile`: whether one compiled form serves all sizes.
-
-    Returns:
-        The compiled module.
-    """
+    """`torch.compile`, ``dynamic`` as there, with kernels that can be trusted on this processor."""
     return torch.compile(model, dynamic=dynamic, options=_options())
 
 

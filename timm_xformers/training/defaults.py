@@ -19,14 +19,9 @@ LOOKED_AT = 64
 
 
 def choose_model(recipe: Recipe, given: Collection[str]) -> tuple[Recipe, str]:
-    """Choose a small model with weights, a size and a number of epochs.
+    """Choose a small model with weights, a size and a number of epochs; the reason in a sentence.
 
-    Args:
-        recipe: Names the data.
-        given: Settings that are the user's own, and stay.
-
-    Returns:
-        The recipe, and the reason in a sentence.
+    Settings that are ``given`` are the user's own, and stay.
 
     Raises:
         UserError: The data is missing or does not fit the recipe.

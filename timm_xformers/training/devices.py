@@ -16,11 +16,7 @@ MALLOC_OPTIONS = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 1 << 26}
 
 
 def make_accelerator(mixed_precision: str, *, fsdp: bool = False) -> Accelerator:
-    """Join the processes that the launcher started, on the devices there are.
-
-    Args:
-        mixed_precision: ``no``, ``bf16`` or ``fp16``.
-        fsdp: Shard the model.
+    """Join the processes that the launcher started; arguments are settings of a recipe.
 
     Raises:
         UserError: The precision or the shards need devices that are not there.

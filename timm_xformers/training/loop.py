@@ -64,10 +64,7 @@ class EpochStats:
         top1_percent: Right answers on the augmented images, before each update; of two mixed
             images, the heavier one counts. None where layers alone were trained, or images have
             several classes.
-        seconds: Wall time.
-        wait_seconds: Part of it spent waiting for batches.
-        images: Images trained on.
-        cpu_seconds: Processor time of all threads of this process.
+        seconds: Like those below, as in `EpochSums`.
     """
 
     loss: float
@@ -83,7 +80,6 @@ class Trainer:
     """What changes while training, and how one epoch changes it.
 
     Attributes:
-        accelerator: Devices and processes.
         model: The plain model.
         wrapped: The same, as accelerate prepared it.
         optimizer: As accelerate prepared it.
@@ -91,18 +87,11 @@ class Trainer:
         criterion: Training loss.
         mixup: Mixes a batch's images and labels, if wanted.
         ema: Averaged weights, if wanted.
-        clip_grad: Largest norm of the gradient; 0 does not limit it.
-        grad_accum_steps: Micro-batches per update.
-        batch_size: Images of a micro-batch, per process.
+        clip_grad: Like all that have names of settings, as in the recipe.
+        batch_size: Images of a micro-batch, per process, at the present stage.
         updates_per_epoch: Unit of the schedule: updates of an epoch of the last stage.
-        channels_last: Hand images over with the channels last.
-        seed: Seed of the run.
         total_epochs: Epochs of the run, unless a budget ends it sooner.
-        max_steps: Budget of updates, if there is one.
-        max_seconds: Budget of processor seconds, if there is one.
         teacher: What is learned from, besides or instead of labels.
-        align_epochs: First epochs of the run, in which a teacher's layers are matched.
-        multi_label: Whether an image may have several classes.
         updates: Updates so far.
         cpu_seconds: Processor seconds of training so far.
     """
@@ -244,13 +233,7 @@ class Trainer:
         return epoch > self.align_epochs or self.spent_share >= share
 
     def step_schedule(self, epoch: int, passes: int, num_batches: int) -> None:
-        """Set the learning rate to what follows a point of the run.
-
-        Args:
-            epoch: The epoch.
-            passes: Micro-batches of it that are done.
-            num_batches: Micro-batches that it has.
-        """
+        """Set the learning rate to what follows some passes of an epoch's ``num_batches``."""
         if self.scheduler is None:
             return
         done, all_ = (math.ceil(n / self.grad_accum_steps) for n in (passes, num_batches))

@@ -14,6 +14,7 @@ from timm_xformers.records.headline import MAP, headline_of
 from timm_xformers.records.results_csv import EpochRow
 from timm_xformers.records.results_json import Record
 from timm_xformers.training.session import Session
+from timm_xformers.training.stages import sides
 
 __all__ = ["RunLog", "epoch_line", "headline", "summary"]
 
@@ -124,8 +125,8 @@ def headline(session: Session, root: Path) -> str:
     data = session.data
     sizes = (("training", data.train), ("validation", data.val), ("test", data.test))
     images = ", ".join(f"{len(split)} {name}" for name, split in sizes if split is not None)
-    sides = dict.fromkeys(stage.img_size for stage in session.stages)
-    size = session.preprocessing.img_size if len(sides) < 2 else " then ".join(map(str, sides))
+    several = sides(session.stages)
+    size = session.preprocessing.shape[1] if len(several) < 2 else " then ".join(map(str, several))
     teacher = session.trainer.teacher
     taught = "" if teacher is None else f", teacher {teacher.name}"
     return (

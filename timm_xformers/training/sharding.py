@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.recipe import Recipe
-from timm_xformers.training.stages import Stage
+from timm_xformers.training.stages import Stage, sides
 
 __all__ = [
     "check_sharding",
@@ -92,7 +92,7 @@ def check_sharding(recipe: Recipe, stages: Sequence[Stage], accelerator: Acceler
         )
     if not recipe.fsdp:
         return
-    if len({stage.img_size for stage in stages}) > 1:
+    if len(sides(stages)) > 1:
         raise UsageError(
             "fsdp=true keeps one image size, since sharded positions cannot be interpolated; "
             "leave img_size out of stages, or use fsdp=false."
@@ -151,29 +151,15 @@ def is_sharded(model: nn.Module) -> bool:
 def equal_turns(
     order: list[Tensor], num_images: int, batch_size: int, world_size: int
 ) -> list[Tensor]:
-    """Give all processes the same number of batches to evaluate.
-
-    Args:
-        order: Positions of the batches of this process.
-        num_images: Images of all.
-        batch_size: Images of a batch.
-        world_size: Processes.
-
-    Returns:
-        The order, and perhaps a batch more that must not be counted.
-    """
+    """The batches of this process, and perhaps one that must not be counted: all have as many."""
     turns = math.ceil(math.ceil(num_images / batch_size) / world_size)
     return order + [torch.zeros(1, dtype=torch.long)] * (turns - len(order))
 
 
 def gather_shards(state: Any) -> Any:
-    """Whole tensors, on the CPU, in place of shards; all processes must call it.
+    """Dicts and lists of anything with whole tensors, on the CPU, in place of shards.
 
-    Args:
-        state: Dicts and lists of anything.
-
-    Returns:
-        The same with whole tensors on the main process, and None for each elsewhere.
+    All processes must call it; those other than the main one get None for each.
     """
     if isinstance(state, dict):
         return {key: gather_shards(value) for key, value in state.items()}

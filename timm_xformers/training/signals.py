@@ -12,12 +12,7 @@ REQUESTS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasat
 
 
 class Stopped(Exception):
-    """A signal ended the run, whose state is saved.
-
-    Args:
-        message: Where the state is and how to go on.
-        signum: The signal.
-    """
+    """A signal ended the run, whose state is saved."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from timm_xformers.recipe import Recipe
 
-__all__ = ["Stage", "read_stages", "stage_of"]
+__all__ = ["Stage", "read_stages", "sides", "stage_of"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def read_stages(recipe: Recipe, img_size: int | None) -> tuple[Stage, ...]:
             stages.clear()
         stages.append(stage)
     return tuple(stages)
+
+
+def sides(stages: Sequence[Stage]) -> list[int | None]:
+    """Sides of the input in the order of the stages, each once."""
+    return list(dict.fromkeys(stage.img_size for stage in stages))
 
 
 def stage_of(stages: Sequence[Stage], epoch: int) -> Stage:

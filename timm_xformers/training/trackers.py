@@ -48,8 +48,6 @@ class Trackers:
 
     Args:
         names: As accelerate calls them.
-        accelerator: Devices and processes.
-        recipe: Shown as the run's settings.
         root: Run folder. TensorBoard's files go to ``tensorboard/`` in it.
         done_epochs: Epochs of earlier sessions; figures after them, if any, are replaced.
         say: Receives the warnings.

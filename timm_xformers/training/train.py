@@ -53,11 +53,7 @@ UPDATES_BETWEEN_QUESTIONS = 8
 
 
 def train(recipe: Recipe, notes: Sequence[str] = ()) -> tuple[RunFolder, Record]:
-    """Train from the start.
-
-    Args:
-        recipe: The settings.
-        notes: To be said after the headline.
+    """Train from the start, with notes to be said after the headline.
 
     Raises:
         UserError: Something the user can repair. What finished epochs left behind is kept.
@@ -192,10 +188,7 @@ class _Run:
             self.session.trainer.cpu_seconds += self.progression.sums[rank].cpu_seconds
 
     def execute(self, notes: Sequence[str] = ()) -> Record:
-        """Train what is left, then measure the best weights.
-
-        Args:
-            notes: To be said first.
+        """Say the notes, train what is left, then measure the best weights.
 
         Raises:
             Stopped: A signal came; the state is saved.
@@ -385,8 +378,7 @@ class _Run:
             model_kwargs=session.model_kwargs,
             params=session.num_params,
             data=recipe.data,
-            img_size=session.preprocessing.img_size,
-            in_chans=session.preprocessing.in_chans,
+            **session.preprocessing.size_fields,
             num_classes=session.data.num_classes,
             skipped_images=len(session.data.skipped),
             data_notes=session.data.kept_notes,

@@ -163,16 +163,7 @@ def performer_form(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> str:
-    """Which code `performer_attention` runs for these arguments; all compute the same.
-
-    Args:
-        q: Queries (B, H, N, D).
-        k: Keys (B, H, S, D).
-        v: Values (B, H, S, E).
-        projection: Directions Omega (m, D).
-        kernel: One of `KERNELS`.
-        attn_mask: As in `performer_attention`.
-        is_causal: Likewise.
+    """Which code `performer_attention` runs for these arguments, its own; all compute the same.
 
     Returns:
         ``"triton"`` (`triton`: NVIDIA GPUs, if asked for), ``"cpu_blocks"`` (`cpu_blocks`: CPUs, in
@@ -196,13 +187,11 @@ class PerformerAttention(HeadsAttention):
     """Multi-head Performer attention on tokens (B, N, C).
 
     Args:
-        dim: Token width C.
-        num_heads: Number of heads H.
         kernel: One of `KERNELS`.
         num_features: m.
         feature_seed: Seed of the directions. Layers built with one seed share them; `redraw` or
             `redraw_features` gives each its own.
-        **kwargs: Arguments of `HeadsAttention`.
+        **kwargs: Like ``dim`` and ``num_heads``, arguments of `HeadsAttention`.
 
     Raises:
         ValueError: Unknown kernel, ``num_features`` below 1, or what `HeadsAttention` refuses.

@@ -44,11 +44,6 @@ def pays(q: Tensor, num_features: int, exponential: bool) -> bool:
 
     Compiled, traced and exported graphs, tensor subclasses, and processes that called
     ``timm.layers.set_fused_attn(False)`` keep the plain form.
-
-    Args:
-        q: Queries (B, H, N, D).
-        num_features: m.
-        exponential: The kernel is ``softmax`` or ``exp``.
     """
     # What is traced has symbols for sizes: it must be ruled out before a size is compared.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]

@@ -45,10 +45,8 @@ class LearnedPerformerAttention(HeadsAttention):
     """Multi-head linear attention on tokens (B, N, C) with trained features.
 
     Args:
-        dim: Token width C.
-        num_heads: Number of heads H.
         num_features: m.
-        **kwargs: Arguments of `HeadsAttention`.
+        **kwargs: Like ``dim`` and ``num_heads``, arguments of `HeadsAttention`.
 
     Raises:
         ValueError: ``num_features`` below 1, or what `HeadsAttention` refuses.

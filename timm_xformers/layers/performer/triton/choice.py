@@ -39,15 +39,8 @@ def fits(
 
     No GPU has run them yet, so they wait for timm's switch for what is not proven
     (``TIMM_FUSED_ATTN=2``, ``timm.layers.set_fused_attn(True, experimental=True)``). There is no
-    second derivative, no forward mode and no ``vmap``.
-
-    Args:
-        q: Queries (B, H, N, D).
-        k: Keys (B, H, S, D).
-        v: Values (B, H, S, E).
-        projection: Directions (m, D).
-        attn_mask: None, or a mask over keys (B, 1, 1, S).
-        is_causal: A token sees itself and earlier ones only, which they do not do.
+    second derivative, no forward mode, no causality and no ``vmap``. Arguments are those of
+    `performer_attention`.
     """
     # Graphs that leave the process must hold PyTorch's own operations. Before anything is asked of
     # shapes, which are symbols there.
@@ -91,12 +84,7 @@ _shared._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def shared_memory(device_type: str, index: int | None) -> int:
-    """Bytes of shared memory for a program; 0 where Triton is not there or does not work.
-
-    Args:
-        device_type: Of the device.
-        index: Of the device.
-    """
+    """Bytes of a device's shared memory for a program; 0 where Triton does not work."""
     if device_type == "cpu":  # for tests: the interpreter is slow
         if os.environ.get("TRITON_INTERPRET") != "1":
             return 0

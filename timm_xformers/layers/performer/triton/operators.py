@@ -36,15 +36,7 @@ INTERPRETED_MULTIPROCESSORS = 2
 def fused_performer_attention(
     q: Tensor, k: Tensor, v: Tensor, projection: Tensor, kernel: str, attn_mask: Tensor | None
 ) -> Tensor:
-    """`performer_attention` by fused kernels.
-
-    Args:
-        q: Queries (B, H, N, D), unscaled.
-        k: Keys (B, H, S, D).
-        v: Values (B, H, S, E).
-        projection: Directions Omega (m, D).
-        kernel: One of `performer.KERNELS`.
-        attn_mask: None, or (B, 1, 1, S): bool (True = attend) or an additive bias per key.
+    """`performer_attention` by fused kernels, with its arguments but for ``is_causal``.
 
     Returns:
         (B, H, N, E) in the type of ``v``, token by token in memory.
