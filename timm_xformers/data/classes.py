@@ -9,7 +9,7 @@ from torch import Tensor
 
 from timm_xformers.data.notes import Note
 from timm_xformers.errors import UserError
-from timm_xformers.files.text import plain
+from timm_xformers.files.text import plain, some
 
 __all__ = ["ONE_CLASS_EACH", "alike_names", "match_names", "refuse_lists", "shared_words"]
 
@@ -72,9 +72,8 @@ def alike_names(names: Sequence[str]) -> list[Note]:
     for name in names:
         groups.setdefault(_loosely(name), []).append(name)
     if alike := [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]:
-        more = ", ..." if len(alike) > 3 else ""
         words = "classes of their own, though they look alike: "
-        return [Note(f"{words}{', '.join(alike[:3])}{more}", f"{len(alike)} {words.strip(': ')}")]
+        return [Note(f"{words}{some(alike, 3)}", f"{len(alike)} {words.strip(': ')}")]
     return []
 
 

@@ -26,6 +26,7 @@ from timm_xformers.data.split import Split
 from timm_xformers.data.subset import limit_images, number_like, select_classes
 from timm_xformers.data.targets import are_marks, images_by_class, strata
 from timm_xformers.errors import UsageError, UserError
+from timm_xformers.files.text import some
 from timm_xformers.recipe import Recipe
 
 __all__ = ["Batches", "Data", "make_batches", "open_data", "refuse_unread"]
@@ -228,10 +229,9 @@ def _count_classes(recipe: Recipe, source: Source) -> int:
     if not source.class_names and recipe.num_classes is None:
         seen = torch.cat([split.labels for split in source.splits]).bincount()
         if absent := (seen == 0).nonzero().flatten().tolist():
-            some = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
             raise UserError(
-                f"Label {highest} is the highest, and no image has label {some}; correct the "
-                f"labels, or say --set num_classes={count} if these classes are to be kept."
+                f"Label {highest} is the highest, and no image has label {some(absent)}; correct "
+                f"the labels, or say --set num_classes={count} if these classes are to be kept."
             )
     if count < 2:
         raise UserError(
@@ -276,9 +276,8 @@ def _lacking(test: Split | None, names: Sequence[str], num_classes: int) -> list
     absent = [names[n] if named else str(n) for n in (seen == 0).nonzero().flatten().tolist()]
     if not absent:
         return []
-    some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
     words = f"no test images of {len(absent)} of {num_classes} classes"
-    return [Note(f"{words} ({some})", words)]
+    return [Note(f"{words} ({some(absent)})", words)]
 
 
 def _set_validation_aside(recipe: Recipe, source: Source) -> dict[str, Split | None]:

@@ -16,7 +16,7 @@ from timm_xformers.data.classes import refuse_lists
 from timm_xformers.data.split import Images, label_tensor
 from timm_xformers.data.trees import by_nature
 from timm_xformers.errors import UserError, nearest, require_extra
-from timm_xformers.files.text import plain
+from timm_xformers.files.text import one_line, plain
 
 __all__ = ["HubImages", "HubSplits"]
 
@@ -140,8 +140,7 @@ class HubSplits:
             raise
         except Exception as error:  # each format has failures of its own
             cause = error.__cause__ or error
-            detail = plain(" ".join(str(cause).split())) or type(cause).__name__
-            raise UserError(f"Cannot open {self.name}: {detail}") from error
+            raise UserError(f"Cannot open {self.name}: {one_line(cause)}") from error
 
 
 def _columns(features: Mapping[str, Any], labels: str | None) -> tuple[str, str]:

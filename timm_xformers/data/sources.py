@@ -27,7 +27,7 @@ from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.shards import find_shards, open_shards
 from timm_xformers.data.split import Images, PilImages, Split, split_of
 from timm_xformers.errors import UsageError, UserError, nearest, require_extra
-from timm_xformers.files.text import plain
+from timm_xformers.files.text import one_line, plain
 from timm_xformers.recipe import Recipe
 
 __all__ = ["Source", "open_source"]
@@ -301,8 +301,7 @@ def _open_timm(name: str, root: str, mode: str, **kwargs: Any) -> Any:
     try:
         return create_dataset(name, root=root, input_img_mode=mode, **kwargs)
     except (AssertionError, ImportError, LookupError, OSError, RuntimeError, ValueError) as error:
-        detail = plain(" ".join(str(error).split())) or type(error).__name__
-        raise UserError(f"Cannot open {name}: {detail}") from error
+        raise UserError(f"Cannot open {name}: {one_line(error)}") from error
 
 
 class TorchImages(PilImages):

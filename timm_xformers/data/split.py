@@ -15,7 +15,7 @@ from timm_xformers.data.classes import ONE_CLASS_EACH
 from timm_xformers.data.pixels import as_mode, decode_picture
 from timm_xformers.data.targets import are_marks, renumber
 from timm_xformers.errors import UserError
-from timm_xformers.files.text import plain
+from timm_xformers.files.text import one_line, plain
 
 __all__ = ["Images", "PilImages", "Split", "label_tensor", "split_of"]
 
@@ -201,4 +201,4 @@ def _reason(error: BaseException) -> str:
     """One line on a decoder's error, without the object it was reading from."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or of an unknown kind"
-    return plain(" ".join(str(error).split())) or type(error).__name__
+    return one_line(error)

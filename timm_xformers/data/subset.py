@@ -12,10 +12,9 @@ from timm_xformers.data.sources import Source
 from timm_xformers.data.split import Split
 from timm_xformers.data.targets import images_by_class, strata
 from timm_xformers.errors import UsageError, UserError, nearest
+from timm_xformers.files.text import some
 
 __all__ = ["limit_images", "number_like", "select_classes"]
-
-NAMED = 5
 
 
 def select_classes(source: Source, wanted: Sequence[str | int]) -> Source:
@@ -84,12 +83,11 @@ def number_like(
         for name, number, count in zip(names, numbers, seen, strict=False)
         if number < 0 and count
     ]
-    some = ", ".join(strange[:NAMED]) + (", ..." if len(strange) > NAMED else "")
     if strange and (not skip_unknown or len(strange) == int((seen > 0).sum())):
         raise UserError(
-            f"The model does not know {len(strange)} of {int((seen > 0).sum())} classes: {some}; "
-            f"it knows {', '.join(known[:NAMED])}{', ...' if len(known) > NAMED else ''}. Rename "
-            "the classes, or leave such images out by --skip-unknown-classes."
+            f"The model does not know {len(strange)} of {int((seen > 0).sum())} classes: "
+            f"{some(strange)}; it knows {some(known)}. Rename the classes, or leave such images "
+            "out by --skip-unknown-classes."
         )
     train, val, test = (
         None if split is None else split.renumbered(numbers, len(known))
@@ -101,7 +99,7 @@ def number_like(
         for count, what, end in ((lost, "image", "s"), (len(strange), "class", "es"))
     )
     left = f"left out: {images} of {kinds} that the model does not know"
-    notes = (*source.notes, Note(f"{left} ({some})", left)) if lost else source.notes
+    notes = (*source.notes, Note(f"{left} ({some(strange)})", left)) if lost else source.notes
     return Source(train, val, test, tuple(known), notes)
 
 
@@ -136,10 +134,9 @@ def _labels(wanted: Sequence[str | int], names: Sequence[str], count: int) -> li
         elif text.isdecimal() and int(text) < count:
             label = int(text)
         else:
-            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise UsageError(
                 f"There is no class {text!r}{nearest(text, names)}; use "
-                f"{f'names ({some}) or ' if names else ''}labels from 0 to {count - 1}."
+                f"{f'names ({some(names, 10)}) or ' if names else ''}labels from 0 to {count - 1}."
             )
         if label in labels:
             raise UsageError(f"classes names {text!r} twice; drop one.")

@@ -19,7 +19,7 @@ from typing import IO, BinaryIO
 from PIL import Image
 
 from timm_xformers.errors import UserError
-from timm_xformers.files.text import plain
+from timm_xformers.files.text import plain, some
 
 __all__ = ["LeftOut", "Place", "Tree", "by_nature", "is_picture", "read_span"]
 
@@ -77,7 +77,7 @@ class LeftOut:
 
     def __str__(self) -> str:
         """One line with the first names; empty if nothing was left out."""
-        return plain("; ".join(f"{what} ({_first(names)})" for what, names in self._parts()))
+        return plain("; ".join(f"{what} ({some(names, SHOWN)})" for what, names in self._parts()))
 
     @property
     def counts(self) -> str:
@@ -100,10 +100,6 @@ def _counted(count: int, what: str) -> str:
         for more, one in SINGULAR:
             what = re.sub(more, one, what)
     return f"{count} {what}"
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Names from outside (files, classes, columns) as text that is safe wherever it is shown."""
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Literal
 
-__all__ = ["plain"]
+__all__ = ["one_line", "plain", "some"]
 
 # They turn the direction of what follows, so that a name shows as another one.
 DIRECTIONS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -27,6 +28,16 @@ def plain(text: str, where: Literal["text", "csv", "markdown"] = "text") -> str:
     if where == "csv" and text.startswith(FORMULA) and not _is_number(text):
         return f"'{text}"
     return text.translate(MARKDOWN) if where == "markdown" else text
+
+
+def one_line(error: object) -> str:
+    """An error's own words on one line; its kind where it has none."""
+    return plain(" ".join(str(error).split())) or type(error).__name__
+
+
+def some(names: Sequence[object], count: int = 5) -> str:
+    """The first of some names, and dots where there are more."""
+    return ", ".join(map(str, names[:count])) + (", ..." if len(names) > count else "")
 
 
 def _shown(character: str) -> str:

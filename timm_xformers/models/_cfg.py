@@ -68,8 +68,10 @@ def usual_input(variant: str, config: Any) -> dict[str, Any]:
         variant: Name of the model.
         config: The ``pretrained_cfg`` argument: a tag, a configuration, or None.
     """
-    own = isinstance(config, dict) or hasattr(config, "fixed_input_size")
-    if not own or (config if isinstance(config, dict) else vars(config)).get("fixed_input_size"):
+    if isinstance(config, str) or not config:
         return {}
-    usual: Any = get_pretrained_cfg(variant)
-    return {"img_size": usual.input_size[1], "in_chans": usual.input_size[0]}
+    given = config if isinstance(config, dict) else vars(config)
+    if given.get("fixed_input_size"):
+        return {}
+    channels, side, _ = get_pretrained_cfg(variant).input_size  # type: ignore[union-attr]
+    return {"img_size": side} | ({} if "input_size" in given else {"in_chans": channels})

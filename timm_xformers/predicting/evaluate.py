@@ -11,6 +11,7 @@ from torch import nn
 from timm_xformers.data.data import Data, make_batches, open_data
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, UserError
+from timm_xformers.files.text import some
 from timm_xformers.predicting.classes import class_names
 from timm_xformers.recipe import Recipe, load_recipe
 from timm_xformers.records.results_json import Record, environment, split_fields
@@ -142,7 +143,7 @@ def _from_file(
     """A model built around the data, as training does it."""
     data = open_data(recipe, [split])
     names = data.class_names
-    order = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    order = f" ({some(names)})" if names else ""
     say(
         f"{checkpoint} names no classes, so they are matched by position: it must have been "
         f"trained on the {data.num_classes} of the data in their order{order}"

@@ -14,7 +14,7 @@ from PIL import Image
 from timm_xformers.data.pixels import decode_picture
 from timm_xformers.data.trees import Place
 from timm_xformers.errors import UserError
-from timm_xformers.files.text import plain
+from timm_xformers.files.text import one_line, plain
 
 __all__ = ["find_images", "open_image"]
 
@@ -74,7 +74,7 @@ def open_image(name: str, mode: str) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # damaged bytes make decoders raise nearly anything
-        reason = plain(" ".join(str(error).split())) or type(error).__name__
+        reason = one_line(error)
         told = "is no image" if "cannot identify" in reason else f"cannot be decoded: {reason}"
         raise UserError(told) from error
 
@@ -104,8 +104,7 @@ def _download(address: str) -> bytes:
         raise answer[0]
     error = answer[0]
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    detail = plain(" ".join(str(reason).split())) or type(error).__name__
-    raise UserError(f"cannot be fetched ({detail})") from error
+    raise UserError(f"cannot be fetched ({one_line(reason)})") from error
 
 
 def _fetch(address: str) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from timm_xformers.files.text import one_line
 from timm_xformers.records.results_csv import EpochRow, read_history
 from timm_xformers.records.results_json import Record
 from timm_xformers.records.run_folder import RunFolder
@@ -134,14 +135,14 @@ def _run(root: Path) -> Run | Skipped:
     try:
         rows = read_history(folder.history)
     except (OSError, TypeError, ValueError) as error:
-        problem = f"{folder.history.name} is damaged ({_words(error)})"
+        problem = f"{folder.history.name} is damaged ({one_line(error)})"
     if not folder.record.is_file():
         done = problem or f"{len(rows)} epochs are done"
         return Skipped(str(root), f"is not finished: {done}; timm-xformers train --resume {root}")
     try:
         record = read_record(json.loads(folder.record.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        return Skipped(str(root), f"{folder.record.name} is damaged ({_words(error)})")
+        return Skipped(str(root), f"{folder.record.name} is damaged ({one_line(error)})")
     # The figures do not need the curve.
     return Run(str(root), record, () if problem else tuple(rows), _settings(folder.recipe))
 
@@ -159,7 +160,7 @@ def _records(path: Path, *, asked_for: bool) -> Iterator[Run | Skipped]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        yield Skipped(str(path), f"cannot be read ({_words(error)})")
+        yield Skipped(str(path), f"cannot be read ({one_line(error)})")
         return
     if path.suffix == ".jsonl":
         lines = [(f"{path}:{i}", line) for i, line in enumerate(text.splitlines(), 1)]
@@ -172,7 +173,7 @@ def _records(path: Path, *, asked_for: bool) -> Iterator[Run | Skipped]:
             values = json.loads(line)
         except ValueError as error:
             if asked_for or path.suffix == ".jsonl":
-                yield Skipped(source, f"is not JSON ({_words(error)})")
+                yield Skipped(source, f"is not JSON ({one_line(error)})")
             continue
         for number, entry in enumerate(values if isinstance(values, list) else [values], 1):
             name = f"{source}[{number}]" if isinstance(values, list) else source
@@ -180,7 +181,7 @@ def _records(path: Path, *, asked_for: bool) -> Iterator[Run | Skipped]:
                 yield Run(name, read_record(entry))
             except ValueError as error:
                 if asked_for or (isinstance(entry, dict) and "kind" in entry):
-                    yield Skipped(name, _words(error))
+                    yield Skipped(name, one_line(error))
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -197,7 +198,3 @@ def _fits(value: Any, hint: Any) -> bool:
         kinds = (int, float) if hint is float else int
         return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, origin or hint)
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

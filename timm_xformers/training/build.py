@@ -14,6 +14,7 @@ from timm_xformers.data.data import Data
 from timm_xformers.data.preprocessing import Preprocessing, input_size
 from timm_xformers.errors import UsageError, UserError, nearest
 from timm_xformers.files.atomic import MANIFEST_FILE, find_damage, sha256_of
+from timm_xformers.files.text import one_line
 from timm_xformers.layers.layout import complete_token_layout
 from timm_xformers.recipe import Recipe
 from timm_xformers.replace import replace_attention
@@ -80,11 +81,11 @@ def build_model(
         complete_token_layout(model)  # windows in timm's models
     except SafetensorError as error:
         raise UserError(
-            f"The weights of {name} are cut off or damaged ({_one_line(error)}); bring them again."
+            f"The weights of {name} are cut off or damaged ({one_line(error)}); bring them again."
         ) from error
     except FAILURES as error:
         words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise UserError(f"Cannot build {name}({words}): {_one_line(error)}") from error
+        raise UserError(f"Cannot build {name}({words}): {one_line(error)}") from error
     return model, arguments
 
 
@@ -122,7 +123,7 @@ def replace_in(
         replacement = replace_attention(model, **settings)
     except (TypeError, ValueError) as error:
         words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        raise UsageError(f"Cannot replace attention ({words}): {_one_line(error)}") from error
+        raise UsageError(f"Cannot replace attention ({words}): {one_line(error)}") from error
     # A model of the name retrofit keeps the architecture that it had before.
     made = {"architecture": before, **arguments, "replacement": replacement.record}
     return made, str(replacement)
@@ -168,7 +169,7 @@ def check_input(model: nn.Module, shape: tuple[int, int, int]) -> None:
             model.eval()(torch.zeros(1, *shape))
     except FAILURES as error:
         raise UserError(
-            f"The model does not take images of {'x'.join(map(str, shape))}: {_one_line(error)}"
+            f"The model does not take images of {'x'.join(map(str, shape))}: {one_line(error)}"
         ) from error
     finally:
         model.train(mode)
@@ -202,7 +203,7 @@ def _stored_arguments(name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {_one_line(error)}") from error
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
     odd = _odd_entry(config)
     if odd is not None:
         raise UserError(f"{path} is no configuration of timm's: {odd}; write the folder again.")
@@ -234,7 +235,3 @@ def _odd_entry(config: Any) -> str | None:
         if not all(v is None or isinstance(v, (int, float)) for v in values):
             return f"{name}={str(source[name])[:40]!r} is no list of numbers"
     return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

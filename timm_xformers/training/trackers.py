@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from timm_xformers.errors import UserError, require_extra
+from timm_xformers.files.text import one_line
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.headline import headline_of
 from timm_xformers.records.results_csv import EpochRow
@@ -137,8 +138,8 @@ class Trackers:
             call(*args, **kwargs)
         except Exception as error:
             self.running.pop(name, None)
-            detail = " ".join(str(error).split()) or type(error).__name__
-            self.say(f"warning: {name} failed and gets nothing more ({detail}); the run goes on.")
+            words = one_line(error)
+            self.say(f"warning: {name} failed and gets nothing more ({words}); the run goes on.")
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
