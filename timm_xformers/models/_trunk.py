@@ -171,25 +171,12 @@ def _check_mechanism(
 
 
 def filter_trunk(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Fit a checkpoint of another image size to the model: positions and sequence projections.
-
-    Args:
-        state_dict: Weights of one of our families, or of timm's ViTs.
-        model: The model that will load them.
-    """
+    """Fit a checkpoint of ours, or of timm's ViTs, to the model's positions and projections."""
     return fit_projections(dict(vit_filter_fn(state_dict, model)), model)
 
 
 def fit_projections(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Fit a checkpoint's sequence projections (Linformer's) to a model's grid of tokens.
-
-    Args:
-        state_dict: Weights.
-        model: The model that will load them.
-
-    Returns:
-        Weights with the model's shapes.
-    """
+    """Fit a checkpoint's sequence projections (Linformer's) to a model's grid of tokens."""
     own = model.state_dict()
     prefix: int = getattr(model, "num_prefix_tokens", 0)
     out = dict(state_dict)

@@ -17,6 +17,7 @@ mechanism: t exact, p Performer, n Nyström, l Linformer.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from timm_xformers.layers.seq_pool import SeqPool
 from timm_xformers.layers.tokenizer import ConvTokenizer
-from timm_xformers.models._cfg import default_configs, small_image_cfg
+from timm_xformers.models._cfg import PAPER_GEOMETRY, default_configs, small_image_cfg
 from timm_xformers.models._register import register_models
 from timm_xformers.models._trunk import Trunk, build, filter_trunk
 
@@ -177,12 +178,7 @@ _OFFICIAL = (
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Fit a checkpoint to the model: the authors' names, positions, sequence projections.
 
-    Args:
-        state_dict: Weights of this family or of the authors' CCT, bare or under ``"state_dict"``.
-        model: The model that will load them.
-
-    Returns:
-        Weights with the model's names and shapes.
+    Weights are of this family or of the authors' CCT, bare or under ``"state_dict"``.
     """
     state_dict = state_dict.get("state_dict", state_dict)
     if any("tokenizer.conv_layers" in name for name in state_dict):
@@ -197,25 +193,22 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     return filter_trunk(state_dict, model)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return small_image_cfg(
-        **{
-            "first_conv": "patch_embed.convs.0",
-            "paper_ids": "arXiv:2104.05704",
-            "paper_name": "Escaping the Big Data Paradigm with Compact Transformers",
-            **kwargs,
-        }
-    )
+_cfg = partial(
+    small_image_cfg,
+    first_conv="patch_embed.convs.0",
+    paper_ids="arXiv:2104.05704",
+    paper_name="Escaping the Big Data Paradigm with Compact Transformers",
+)
 
 
-def _cfg_224() -> dict[str, Any]:
-    return _cfg(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        crop_pct=0.9,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-    )
+_cfg_224 = partial(
+    _cfg,
+    num_classes=1000,
+    input_size=(3, 224, 224),
+    crop_pct=0.9,
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+)
 
 
 def _cc_1024(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> CCX:
@@ -223,12 +216,8 @@ def _cc_1024(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> C
         "attn_layer": attention,
         "num_convs": 3,
         "pool_stride": 1,
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
         "mlp_ratio": 4.0,
-        "qkv_bias": False,
-        "weight_init": "moco",  # timm's name for Xavier
+        **PAPER_GEOMETRY,
     }
     return build(CCX, variant, pretrained, defaults, checkpoint_filter_fn, **kwargs)
 
@@ -245,6 +234,7 @@ def _cc(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> CCX:
         "14": (384, 6, 3.0),
     }[depth]
     defaults = {
+        **PAPER_GEOMETRY,
         "attn_layer": attention,
         "conv_kernel": kernel,
         "conv_stride": max(1, kernel // 2 - 1),
@@ -253,8 +243,6 @@ def _cc(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> CCX:
         "depth": int(depth),
         "num_heads": num_heads,
         "mlp_ratio": mlp_ratio,
-        "qkv_bias": False,
-        "weight_init": "moco",
     }
     return build(CCX, variant, pretrained, defaults, checkpoint_filter_fn, **kwargs)
 

@@ -28,7 +28,7 @@ from timm.models.levit import ConvNorm, LevitMlp, LinearNorm, NormLinear
 from torch import Tensor, nn
 
 from timm_xformers.layers.tokenizer import ConvEmbed
-from timm_xformers.models._cfg import default_configs, small_image_cfg
+from timm_xformers.models._cfg import PAPER_GEOMETRY, default_configs, small_image_cfg
 from timm_xformers.models._register import register_models
 from timm_xformers.models._trunk import Trunk, build
 
@@ -186,29 +186,22 @@ class LeViX(Trunk):
             self.head = head.train(self.training)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return small_image_cfg(
-        **{
-            "first_conv": "patch_embed.convs.0.linear",
-            "classifier": "head.linear",
-            "paper_ids": "arXiv:2107.02239",
-            "paper_name": "Vision Xformers: Efficient Attention for Image Classification",
-            **kwargs,
-        }
-    )
+_cfg = partial(
+    small_image_cfg,
+    first_conv="patch_embed.convs.0.linear",
+    classifier="head.linear",
+    paper_ids="arXiv:2107.02239",
+    paper_name="Vision Xformers: Efficient Attention for Image Classification",
+)
 
 
 def _levix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> LeViX:
     defaults = {
         "attn_layer": attention,
         "patch_size": 1,
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
         "mlp_ratio": 2.0,
-        "qkv_bias": False,
         "pos_embed_std": 0.2,
-        "weight_init": "moco",  # timm's name for Xavier
+        **PAPER_GEOMETRY,
     }
     return build(LeViX, variant, pretrained, defaults, **kwargs)
 

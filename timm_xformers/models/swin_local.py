@@ -12,6 +12,7 @@ is halved upwards between stages.
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -319,13 +320,6 @@ class SwinLocal(SwinTransformer):
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Fit a checkpoint to the model: timm's repairs, and biases of windows of other sizes.
 
-    Args:
-        state_dict: Weights of this family or of timm's Swin.
-        model: The model that will load them.
-
-    Returns:
-        Weights with the model's shapes.
-
     Raises:
         ValueError: A bias that is not of a square window, nor of the model's.
     """
@@ -352,17 +346,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     return {**swin_filter_fn(others, model), **biases}
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return small_image_cfg(
-        **{
-            "pool_size": (4, 4),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head.fc",
-            "paper_ids": "arXiv:2103.14030",
-            "paper_name": "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows",
-            **kwargs,
-        }
-    )
+_cfg = partial(
+    small_image_cfg,
+    pool_size=(4, 4),
+    first_conv="patch_embed.proj",
+    classifier="head.fc",
+    paper_ids="arXiv:2103.14030",
+    paper_name="Swin Transformer: Hierarchical Vision Transformer using Shifted Windows",
+)
 
 
 default_cfgs = default_configs({"swin_local_tiny": _cfg(), "swin_local1d_tiny": _cfg()})

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from timm_xformers.layers.tokenizer import ConvEmbed
-from timm_xformers.models._cfg import default_configs, small_image_cfg
+from timm_xformers.models._cfg import PAPER_GEOMETRY, default_configs, small_image_cfg
 from timm_xformers.models._register import register_models
 from timm_xformers.models._trunk import Trunk, build
 
@@ -48,34 +48,16 @@ class ViX(Trunk):
         super().__init__(pos_embed_std=pos_embed_std, **kwargs)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return small_image_cfg(
-        **{
-            "first_conv": "patch_embed.proj",
-            "paper_ids": "arXiv:2107.02239",
-            "paper_name": "Vision Xformers: Efficient Attention for Image Classification",
-            **kwargs,
-        }
-    )
-
-
-def _imagenet_cfg() -> dict[str, Any]:
-    return _cfg(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
+_cfg = partial(
+    small_image_cfg,
+    first_conv="patch_embed.proj",
+    paper_ids="arXiv:2107.02239",
+    paper_name="Vision Xformers: Efficient Attention for Image Classification",
+)
 
 
 def _vix(variant: str, attention: str, pretrained: bool, **kwargs: Any) -> ViX:
-    defaults = {
-        "attn_layer": attention,
-        "patch_size": 1,
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
-        "mlp_ratio": 2.0,
-        "qkv_bias": False,
-        # timm's name for Xavier: at this width its usual 0.02 is a fifth of that, and training
-        # starts slowly.
-        "weight_init": "moco",
-    }
+    defaults = {"attn_layer": attention, "patch_size": 1, "mlp_ratio": 2.0, **PAPER_GEOMETRY}
     return build(ViX, variant, pretrained, defaults, **kwargs)
 
 
@@ -179,7 +161,10 @@ default_cfgs = default_configs(
     {
         **{name: _cfg() for name in VIX},
         **{name: _cfg(first_conv="patch_embed.convs.0") for name in HYBRID},
-        **{name: _imagenet_cfg() for name in IMAGENET},
+        **{
+            name: _cfg(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
+            for name in IMAGENET
+        },
     }
 )
 register_models(__name__, _vix, VIX)
