@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
+import xdist
 from PIL import Image
 
 from timm_xformers.recipe import Recipe
-
-# Most tensors here are tiny: a second thread costs more in barriers than it computes.
-torch.set_num_threads(1)
 
 TINY: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",
@@ -25,9 +21,27 @@ TINY: dict[str, Any] = {
 }
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What all tests need, but not the process that only hands them out: it takes seconds."""
+    if xdist.is_xdist_controller(session):
+        return
+    import accelerate  # noqa: F401
+    import torch
+
+    # Most tensors here are tiny: a second thread costs more in barriers than it computes.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The costliest fixtures first: only what is left at the end is shared with other workers."""
+    items.sort(key=lambda item: item.path.name != "test_registration.py")
+
+
 @pytest.fixture(autouse=True)
 def _clean_slate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Default run folders land in tmp_path; precision is a setting of the process in accelerate."""
+    from accelerate.state import AcceleratorState, GradientState
+
     monkeypatch.chdir(tmp_path)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

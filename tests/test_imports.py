@@ -64,22 +64,6 @@ ARROWS = {
 }
 # What mechanisms share, where the factory imports it too.
 SHARED_LAYERS = {"heads"}
-EXTRAS = [
-    "accelerate",
-    "datasets",
-    "linformer",
-    "local_attention",
-    "matplotlib",
-    "nystrom_attention",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-    "optuna",
-    "performer_pytorch",
-    "sklearn",
-    "tensorboard",
-    "transformers",
-]
 
 
 def imported(path: Path) -> set[str]:
@@ -171,14 +155,4 @@ def test_package_import_is_light():
         "import sys, timm_xformers\n"
         "heavy = {'torch', 'timm', 'accelerate', 'numpy', 'yaml'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
-    )
-
-
-def test_models_need_no_extra():
-    run(
-        f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
-        "import timm, timm_xformers.models\n"
-        "assert timm.create_model('vix_softmax', num_classes=3).num_classes == 3\n"
-        "import timm_xformers; assert timm_xformers.list_attention()\n"
-        "assert 'timm_xformers.layers.performer.triton.blocks' not in sys.modules"
     )

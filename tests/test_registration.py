@@ -3,11 +3,12 @@
 The package under test is a wheel, built once and installed into a virtual environment that borrows
 all other packages from this one, so that the metadata is real and no checkout is on the path.
 
-Importing torch and timm takes seconds. Most orders therefore run in a fork of an interpreter that
-has imported torch, torchvision and what else timm imports; the slow tests run the same orders in
-fresh interpreters.
+Importing torch and timm takes ten seconds. Most code therefore runs in a fork of an interpreter
+that has imported torch, torchvision and what else timm imports; the slow tests run the same orders
+in fresh interpreters.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -17,12 +18,37 @@ import textwrap
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import hatchling.build
 import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from timm_xformers.replace import replace_attention
+from timm_xformers.weights import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = "import timm; assert 'vix_softmax' in timm.list_models('vix*'), 'not registered'"
 NOT_LISTED = "import timm; assert not timm.list_models('vix*'), 'registered'"
+# What only training and exporting import.
+EXTRAS = [
+    "accelerate",
+    "datasets",
+    "linformer",
+    "local_attention",
+    "matplotlib",
+    "nystrom_attention",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "optuna",
+    "performer_pytorch",
+    "sklearn",
+    "tensorboard",
+    "transformers",
+]
 AUTOLOAD_OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 # What a program may do before it asks timm for our models. These do not name us, and work where
@@ -135,7 +161,8 @@ class Environment:
         assert result.returncode == 0, result.stdout + result.stderr
 
     def install(self, what: Path, *options: str) -> "Environment":
-        self.pip("install", "--no-deps", "--no-index", "--no-build-isolation", *options, what)
+        offline = ("--no-deps", "--no-index", "--no-build-isolation", "--no-compile")
+        self.pip("install", *offline, *options, what)
         return self
 
     def run(self, code: str, *flags: str, environ: dict[str, str] | None = None) -> Result:
@@ -153,21 +180,29 @@ class Environment:
 
 
 class ForkServer:
-    """An interpreter that has imported what timm imports, and forks for each piece of code."""
+    """An interpreter that has imported what timm imports, and forks for each piece of code.
+
+    It has imported torch with autoload off. The forks with autoload call what is the end of
+    ``import torch`` there.
+    """
 
     LOOP = """
-        import json, os, sys, torch, torchvision, safetensors.torch, yaml
+        import gc, json, os, sys, torch, torchvision, safetensors.torch, yaml
         from huggingface_hub import HfApi, hf_hub_download
-        assert "timm" not in sys.modules
+        assert not {"timm", "timm_xformers"} & sys.modules.keys()
+        gc.freeze()
         print("ready", flush=True)
         for line in sys.stdin:
-            code, log = json.loads(line)
+            code, log, autoload = json.loads(line)
             child = os.fork()
             if not child:
                 status = 1
                 output = os.open(log, os.O_WRONLY | os.O_CREAT)
                 os.dup2(output, 1), os.dup2(output, 2)
                 try:
+                    if autoload:
+                        del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+                        torch._import_device_backends()
                     exec(code, {"__name__": "__main__"})
                     status = 0
                 except BaseException:
@@ -179,24 +214,24 @@ class ForkServer:
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
 
-    def __init__(self, env: Environment, name: str, environ: dict[str, str] | None = None) -> None:
-        self.folder = env.folder / f"logs {name}"
+    def __init__(self, env: Environment) -> None:
+        self.folder = env.folder / "logs"
         self.folder.mkdir()
         self.count = 0
         self.process = subprocess.Popen(
             [env.python, "-c", textwrap.dedent(self.LOOP)],
             cwd=env.folder / "empty",
-            env=clean_environ(environ),
+            env=clean_environ(AUTOLOAD_OFF),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def run(self, code: str) -> Result:
+    def run(self, code: str, autoload: bool = True) -> Result:
         self.count += 1
         log = self.folder / str(self.count)
-        self.process.stdin.write(json.dumps([textwrap.dedent(code), str(log)]) + "\n")
+        self.process.stdin.write(json.dumps([textwrap.dedent(code), str(log), autoload]) + "\n")
         self.process.stdin.flush()
         return Result(int(self.process.stdout.readline()), log.read_text())
 
@@ -213,11 +248,17 @@ def clean_environ(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory) -> Path:
-    """Folder with an sdist of the checkout and the wheel that is built from that sdist."""
+    """Folder with an sdist of the checkout and the wheel that is built from that sdist.
+
+    By the hooks that every tool calls, in this process.
+    """
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
-    result = subprocess.run(command, capture_output=True, text=True, env=clean_environ())
-    assert result.returncode == 0, result.stdout + result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        sdist = folder / hatchling.build.build_sdist(str(folder))
+        subprocess.run(["tar", "xf", sdist, "-C", folder], check=True)
+        patch.chdir(folder / sdist.name.removesuffix(".tar.gz"))
+        hatchling.build.build_wheel(str(folder))
     return folder
 
 
@@ -228,7 +269,10 @@ def wheel(dist) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Environment:
-    return Environment.create(tmp_path_factory.mktemp("installed")).install(wheel)
+    """Unpacked, as installers do with a wheel of modules; pip is tried below."""
+    env = Environment.create(tmp_path_factory.mktemp("installed"))
+    zipfile.ZipFile(wheel).extractall(env.site)
+    return env
 
 
 @pytest.fixture
@@ -238,16 +282,14 @@ def bare(tmp_path) -> Environment:
 
 @pytest.fixture(scope="module")
 def forks(installed):
-    server = ForkServer(installed, "on")
+    server = ForkServer(installed)
     yield server
     server.close()
 
 
 @pytest.fixture(scope="module")
-def forks_without_autoload(installed):
-    server = ForkServer(installed, "off", AUTOLOAD_OFF)
-    yield server
-    server.close()
+def forks_without_autoload(forks):
+    return SimpleNamespace(run=functools.partial(forks.run, autoload=False))
 
 
 def declare_plugin(folder: Path, name: str, source: str) -> None:
@@ -337,6 +379,46 @@ def test_pickled_model_finds_its_class(forks, tmp_path):
         f"import timm, torch; torch.save(timm.create_model('vix_softmax'), {saved!r})"
     ).check()
     forks.run(f"import torch; torch.load({saved!r}, weights_only=False)").check()
+
+
+def test_models_need_no_extra(forks):
+    forks.run(f"""
+        import sys; sys.modules.update(dict.fromkeys({EXTRAS}))
+        import timm, timm_xformers.models
+        assert timm.create_model('vix_softmax', num_classes=3).num_classes == 3
+        import timm_xformers; assert timm_xformers.list_attention()
+        assert 'timm_xformers.layers.performer.triton.blocks' not in sys.modules
+    """).check()
+
+
+def test_weights_load_without_network_where_only_timm_is_imported(forks):
+    entries = read_manifest()
+    forks.run(f"""
+        import socket, sys
+        def refuse(*_):
+            raise AssertionError("a connection")
+        socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+        import timm
+        assert sorted(timm.list_pretrained({sorted(entries)})) == {sorted(entries)}
+        for name in {sorted(entries)}:
+            timm.create_model(name, pretrained=True)
+        assert "timm_xformers.training" not in sys.modules
+    """).check()
+
+
+def test_replaced_model_loads_where_only_timm_is_imported(forks, tmp_path):
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2
+    ).eval()
+    replace_attention(model, {"1": {"name": "performer_softmax_m16", "num_features": 12}})
+    save_for_hf(model, tmp_path)
+    output = forks.run(f"""
+        import timm, torch
+        model = timm.create_model('local-dir:{tmp_path}', pretrained=True).eval()
+        print(model(torch.ones(1, 3, 32, 32)).flatten().tolist())
+    """).check()
+    wanted = model(torch.ones(1, 3, 32, 32)).flatten()
+    torch.testing.assert_close(torch.tensor(json.loads(output)), wanted)
 
 
 def test_our_failure_is_one_warning(forks):

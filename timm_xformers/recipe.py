@@ -6,7 +6,9 @@ a mistake in a recipe is reported at once. ``timm-xformers recipe`` prints what 
 
 # ruff: noqa: RUF009  (fields made by a function of ours)
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.resources
 import json
@@ -369,7 +371,7 @@ class Recipe:
         Raises:
             UsageError: The first field that does not fit, with what it allows.
         """
-        hints = typing.get_type_hints(type(self))
+        hints = _hints()
         for field in dataclasses.fields(self):
             _check(field, hints[field.name], getattr(self, field.name))
         for name in self.model_kwargs:
@@ -415,7 +417,7 @@ class Recipe:
     def digest(self) -> str:
         """Hash of what shapes the result, equal for runs that differ in seed, paths or workers."""
         values = dataclasses.asdict(self) | {"pretrained": self.starts_pretrained}
-        for name, hint in typing.get_type_hints(type(self)).items():
+        for name, hint in _hints().items():
             if hint is float:
                 values[name] = float(values[name])  # 1 and 1.0 are one setting
         for name in NO_INFLUENCE:
@@ -462,7 +464,7 @@ def _range(bounds: Mapping[str, Any]) -> str:
 
 def allowed(field: "dataclasses.Field[Any]") -> str:
     """What a setting takes, in words: types, range, choices."""
-    kinds = _kinds(typing.get_type_hints(Recipe)[field.name])
+    kinds = _kinds(_hints()[field.name])
     words = " or ".join(WORDS[kind] for kind in kinds)
     if choices := field.metadata["choices"]:
         return f"{words}: {', '.join(choices)}"
@@ -674,8 +676,13 @@ def _build(values: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
                 f"of the model is set as model_kwargs.{str(key)[:40]}, and `timm-xformers recipe` "
                 "explains all settings."
             )
-    hints = typing.get_type_hints(Recipe)
+    hints = _hints()
     return Recipe(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Recipe)
 
 
 def _shorten(values: dict[str, Any], before: Any, after: Any) -> None:
@@ -736,9 +743,14 @@ for _class in (_Loader, _Dumper):
 _Loader.add_constructor(f"{_OURS}int", lambda loader, node: int(node.value))
 
 
+@functools.lru_cache
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _read_yaml(text: str, whence: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return copy.deepcopy(_parse(text))
     except yaml.YAMLError as error:
         detail = " ".join(str(error).split())
         raise UsageError(f"{whence} is not YAML that can be read: {detail[:200]}") from error

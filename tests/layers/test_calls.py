@@ -34,7 +34,8 @@ NAMES = [
     "agent_a16",
 ]
 SOME = ["performer_softmax_m16", "performer_relu_m64", "nystrom_l16", "linformer_k32", "local2d_w4"]
-# Queries, keys and values of some KiB, and of 37 MiB: more than an allocator keeps at hand.
+# Queries, keys and values of some KiB, and of 37 MiB: more than an allocator keeps at hand. Between
+# norms a few MiB are enough, for nothing goes around those.
 SHAPES = [(1, 32, 4), (8, 32, 4), (128, 384, 4)]
 PARTS = ("qkv", "q_norm", "k_norm", "dwc", "norm", "gate", "proj", "proj_drop")
 FAMILIES = {
@@ -74,6 +75,7 @@ def watch(modules):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_part_is_called_once_with_all_tokens(name, bare, B, dim, heads, training):
     own = {"qk_norm": False, "scale_norm": False} if bare else {"gated": True}
+    dim = dim if bare else min(dim, 96)
     layer = build(name, dim, heads, **own).train(training)
     seen = watch({part: getattr(layer, part) for part in PARTS if getattr(layer, part) is not None})
     with torch.set_grad_enabled(training):

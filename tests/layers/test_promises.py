@@ -65,7 +65,7 @@ def key_mask(kind, B, N):
 
 @pytest.mark.parametrize("kind", ["none", "one-image-masked"])  # the second has padding, too
 @pytest.mark.parametrize("N", [1, 17, 197, pytest.param(1025, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, pytest.param(1.0, marks=pytest.mark.slow), 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", WITH_HEADS)
 def test_finite_forward_and_backward(name, dtype, scale, N, kind):
@@ -295,8 +295,16 @@ def test_script_and_trace(name):
     torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
 
 
+# Models of these are compiled in tests/models.
+IN_MODELS = {"softmax", "performer_relu_m32", "linformer_k32", "local1d_w16"}
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW_TO_TRACE else ()) for n in NAMES]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in SLOW_TO_TRACE | IN_MODELS else ())
+        for n in NAMES
+    ],
 )
 def test_compiled_whole(name):
     """Exported they are in test_transforms, at any batch size."""

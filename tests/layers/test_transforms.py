@@ -49,6 +49,8 @@ NAMES = [
 ]
 # PyTorch has no batching rule for its fused attention, and takes one call after another.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+# They run code that the names beside them run.
+SLOW_TO_EXPORT = {f"performer_{kernel}_m16" for kernel in ("exp", "gelu", "elu")} | {"nystrom_l16"}
 POSITIVE = [name for name in NAMES if "relu" in name or "gelu" in name or "elu" in name]
 BLOCKED = [*POSITIVE, "performer_softmax_m16"]
 
@@ -200,7 +202,9 @@ def test_selective_checkpoints(name, everything, sizes):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW_TO_EXPORT else ()) for n in NAMES]
+)
 def test_export_with_a_free_batch(name, training):
     layer = build(name).train(training)
     batch = torch.export.Dim.AUTO if training else torch.export.Dim("batch", min=1, max=64)

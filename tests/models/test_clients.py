@@ -138,7 +138,11 @@ def test_offloaded_weights_arrive(name, where, tmp_path):
         torch.testing.assert_close(model(images(name)), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The other names run the same code with other numbers.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in NAMES],
+)
 def test_nothing_stays_on_the_cpu_when_a_model_moves(name):
     model = build(name, depth=1)
     with FakeTensorMode():

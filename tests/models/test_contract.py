@@ -256,7 +256,7 @@ def test_saved_folder_opens_with_the_same_result(name, tmp_path):
 
 # The mechanisms pass through the same in tests/layers; here one model for each kind of trunk.
 EXPORTED = {
-    *("vix_softmax", "vix_mnist_nano", "hybrid_vix_performer_relu_m64"),
+    *("vix_mnist_nano", "hybrid_vix_performer_relu_m64"),  # ViX and its stem
     *("levip", "ccl_2_3x2_32", "swin_local1d_tiny"),
 }
 

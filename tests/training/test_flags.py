@@ -94,6 +94,12 @@ def fingerprint(recipe):
     return len(values), float(values.sum()), float(values.abs().sum())
 
 
+@pytest.fixture
+def base(tiny):
+    """Without a warm-up, which would fill the one epoch and hide the schedule."""
+    return lambda **values: tiny(**{"warmup_epochs": 0.0, **values})
+
+
 @pytest.fixture(scope="module")
 def known():
     return {}
@@ -105,12 +111,11 @@ def test_every_field_is_under_test():
 
 
 @pytest.mark.parametrize("field", list(ON_DIGITS))
-def test_setting_has_an_effect(tiny, known, field):
+def test_setting_has_an_effect(base, known, field):
     if "digits" not in known:
-        # Without a warm-up, which would fill the one epoch and hide the schedule.
-        known["digits"] = fingerprint(tiny(warmup_epochs=0.0))
-        assert known["digits"] == fingerprint(tiny(warmup_epochs=0.0))
-    changed = fingerprint(tiny(**{"warmup_epochs": 0.0, field: ON_DIGITS[field]}))
+        known["digits"] = fingerprint(base())
+        assert known["digits"] == fingerprint(base())
+    changed = fingerprint(base(**{field: ON_DIGITS[field]}))
     assert changed != known["digits"]
 
 

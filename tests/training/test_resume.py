@@ -31,6 +31,7 @@ BUSY = {
     "clip_grad": 1.0,
     "grad_accum_steps": 2,
     "batch_size": 32,
+    "limit": 304,  # five updates to an epoch, the last of a single pass
 }
 TIMES = ("train_seconds", "wait_seconds", "cpu_seconds")
 LAST_FILES = ("config.json", "model.safetensors", "progression.json", "results.csv")
@@ -84,7 +85,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture
 def whole(tiny, kept):
-    """The busy run undisturbed, 17 updates to an epoch; not to be changed."""
+    """The busy run undisturbed; not to be changed."""
     if not (kept / "whole").exists():
         train(tiny(output=str(kept / "whole"), **BUSY))
     return kept / "whole"
@@ -94,14 +95,14 @@ def whole(tiny, kept):
 def cut_run(tiny, stop_at, kept):
     """The busy run stopped in its second epoch; not to be changed."""
     if not (kept / "cut").exists():
-        stop_at(20)
+        stop_at(8)
         with pytest.raises(Stopped):
             train(tiny(output=str(kept / "cut"), **BUSY))
         stop_at(-1)
     return kept / "cut"
 
 
-@pytest.mark.parametrize("update", [1, pytest.param(11, marks=pytest.mark.slow), 20])
+@pytest.mark.parametrize("update", [1, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_cut_within_an_epoch_goes_on_exactly(tiny, stop_at, tmp_path, whole, update):
     stop_at(update)
     with pytest.raises(Stopped) as stopped:
@@ -125,7 +126,7 @@ def test_filters_in_channels_last_and_muon_go_on_exactly(tiny, stop_at, tmp_path
         "channels_last": True,
     }
     train(tiny(output="whole", **settings))
-    stop_at(5)
+    stop_at(3)
     with pytest.raises(Stopped):
         train(tiny(output="cut", **settings))
     stop_at(-1)
@@ -140,7 +141,7 @@ def test_tokens_left_out_go_on_exactly(tiny, stop_at, tmp_path):
         "stages": [{"epoch": 2, "img_size": 16, "patch_drop_rate": 0.75}],
     }
     train(tiny(output="whole", **settings))
-    stop_at(20)
+    stop_at(8)
     with pytest.raises(Stopped):
         train(tiny(output="cut", **settings))
     torch.rand(7)  # whatever happened in between
@@ -150,7 +151,7 @@ def test_tokens_left_out_go_on_exactly(tiny, stop_at, tmp_path):
 
 
 def test_cut_at_every_update_goes_on_exactly(tiny, stop_at, tmp_path):
-    settings = {**BUSY, "epochs": 1, "batch_size": 128}
+    settings = {**BUSY, "epochs": 1, "limit": 256}
     train(tiny(output="whole", **settings))
     stop_at(1)
     with pytest.raises(Stopped):
@@ -200,9 +201,9 @@ def test_time_decides_when_an_epoch_is_saved(tiny, monkeypatch):
     monkeypatch.setattr(
         train_module._Run, "save", lambda run, *a: (saved.append(a), original(run, *a))[1]
     )
-    train(tiny(output="often", checkpoint_minutes=1e-9, batch_size=256))  # 4 updates to an epoch
+    train(tiny(output="often", checkpoint_minutes=1e-9, batch_size=128))  # 4 updates to an epoch
     often = len(saved)
-    train(tiny(output="never", checkpoint_minutes=0.0, batch_size=256))
+    train(tiny(output="never", checkpoint_minutes=0.0, batch_size=128))
     assert (often, len(saved) - often) == (1 + 2 * 4, 1 + 2)
 
 

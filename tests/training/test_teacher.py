@@ -271,7 +271,15 @@ def stop_at(monkeypatch):
     return at
 
 
-BUSY = {"model_ema_decay": 0.9, "mixup": 0.5, "drop_path_rate": 0.2, "crop_pad": 1}
+BUSY = {
+    "model_ema_decay": 0.9,
+    "mixup": 0.5,
+    "drop_path_rate": 0.2,
+    "crop_pad": 1,
+    "batch_size": 32,
+    "limit": 128,
+    "test_split": "none",
+}
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def interrupt(monkeypatch):
 
 
 def test_a_run_learns_and_leaves_its_results(tiny, capsys):
-    settings = {"epochs": 6, "output": "run", "smoothing": 0.1}
+    settings = {"epochs": 6, "output": "run", "smoothing": 0.1, "limit": None}
     folder, record = train(tiny(**settings))
 
     names = {path.name for path in folder.root.iterdir()}
@@ -165,6 +165,7 @@ def test_lost_rename_is_survived(tiny, interrupt, tmp_path):
 def test_diverging_run_stops_and_keeps_the_best(tiny, tmp_path):
     recipe = tiny(
         output="run",
+        limit=None,
         opt="sgd",
         sched="multistep",
         sched_kwargs={"decay_milestones": [1.5], "decay_rate": 1e30},
@@ -297,7 +298,7 @@ def test_progress_bar_on_a_terminal(tiny, monkeypatch):
     monkeypatch.setattr("timm_xformers.training.loop.REPORT_SECONDS", 0.0)
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    train(tiny(output="run"))
+    train(tiny(output="run", limit=None))
     text = screen.getvalue()
     assert "epoch 2/2" in text
     assert "images/s" in text

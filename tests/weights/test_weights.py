@@ -2,11 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import timm
@@ -19,7 +14,6 @@ from timm_xformers.files.atomic import sha256_of
 from timm_xformers.weights import MAX_BYTES, best_tag, check_images, manifest, read_manifest
 from timm_xformers.weights.manifest import FOLDER, TAGS, Weights, with_weights
 
-ROOT = Path(__file__).resolve().parents[2]
 WHEEL_BYTES = 60 * 2**20
 ENTRIES = read_manifest()
 NAMES = list(ENTRIES)
@@ -107,7 +101,8 @@ def test_bare_name_means_its_best_tag(model):
     # timm's newest scripts look the configuration up and hand it on.
     looked_up = timm.get_pretrained_cfg(model).to_dict()
     assert_logits(timm.create_model(model, pretrained=True, pretrained_cfg=looked_up), entry)
-    untrained = timm.create_model(model)
+    with torch.device("meta"):
+        untrained = timm.create_model(model)
     assert untrained.pretrained_cfg["input_size"][1:] == untrained.patch_embed.img_size
     assert untrained.pretrained_cfg["input_size"] == (3, 32, 32)
 
@@ -120,11 +115,13 @@ def test_fine_tuning_with_other_heads_channels_and_sizes(name):
         name, pretrained=True, num_classes=3, in_chans=4 - channels, img_size=2 * side
     ).eval()  # BatchNorm's running figures are compared below
     assert model(torch.zeros(2, 4 - channels, 2 * side, 2 * side)).shape == (2, 3)
-    own = timm.create_model(name, pretrained=True).state_dict()
+    own = load_file(entry.path)
     same = [
         key
         for key, value in model.state_dict().items()
-        if key in own and value.shape == own[key].shape and torch.equal(value, own[key])
+        if key in own
+        and value.shape == own[key].shape
+        and torch.equal(value, own[key].to(value.dtype))
     ]
     assert len(same) > len(own) // 2
 
@@ -197,35 +194,3 @@ def test_manifest_is_in_the_order_of_tags():
     assert sorted(text) == sorted(NAMES)
     places = [(entry.model, TAGS.index(entry.tag)) for entry in ENTRIES.values()]
     assert places == sorted(places)
-
-
-def test_without_network_in_a_process_that_imports_timm_alone(tmp_path):
-    metadata = tmp_path / "timm_xformers-0.dist-info"  # as pip leaves it
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: timm-xformers\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text(
-        "[torch.backends]\ntimm_xformers = timm_xformers.registration:install\n"
-    )
-    code = """
-        import socket, sys
-        def refuse(*_):
-            raise AssertionError("a connection")
-        socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-        import timm
-        names = timm.list_pretrained(sys.argv[1:])
-        assert sorted(names) == sorted(sys.argv[1:]), names
-        for name in names:
-            timm.create_model(name, pretrained=True)
-        assert "timm_xformers.training" not in sys.modules
-        print(len(names))
-    """
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TORCH_"))}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *NAMES],
-        cwd=tmp_path,
-        env={**environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HF_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (result.returncode, result.stdout) == (0, f"{len(NAMES)}\n"), result.stderr
