@@ -1,5 +1,6 @@
 """A model that trains an epoch of digits in a tenth of a second, and a clean slate per test."""
 
+import gc
 import io
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,11 +31,19 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     # Most tensors here are tiny: a second thread costs more in barriers than it computes.
     torch.set_num_threads(1)
+    gc.disable()  # until all modules are imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The costliest fixtures first: only what is left at the end is shared with other workers."""
     items.sort(key=lambda item: item.path.name != "test_registration.py")
+
+
+def pytest_collection_finish() -> None:
+    """What collecting made stays to the end, so that no search for garbage goes over it again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
