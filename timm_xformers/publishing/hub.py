@@ -1,22 +1,21 @@
 """One repository on the Hub: made, filled by one commit, read back and compared.
 
 The client repeats uploads and downloads by itself, but neither the creation of a repository nor the
-commit. Both are repeated here. Before a commit is sent, first or again, the repository's listing is
-read: a commit whose answer was lost has landed and is not sent twice. Downloads over plain HTTP are
-checked by the client for their size alone, so everything is read back and hashed.
+commit. Both are repeated here. The client sends no file that is there already, so a commit whose
+answer was lost is not made twice. Downloads over plain HTTP are checked by the client for their
+size alone, so everything is read back and hashed.
 
 What failed is told by kind and status only: the client's own messages hold addresses, and those of
 storage are signed.
 """
 
-import hashlib
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -69,26 +68,23 @@ class Repository:
         Raises:
             UserError: The Hub refuses, or does not answer.
         """
-        sent = False
+        heads: list[str] = []
 
         def attempt() -> str:
-            nonlocal sent
-            head, there = self._listing()
-            missing = {name: path for name, path in files.items() if not _is(path, there.get(name))}
-            if not missing:
-                return head
+            heads.append(str(self.api.model_info(self.repo_id).sha))
+            # The client leaves out files that are there, and without any makes no commit.
             operations = [
                 CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
-                for name, path in missing.items()
+                for name, path in files.items()
             ]
-            sent = True
             return str(
                 self.api.create_commit(
-                    self.repo_id, operations, commit_message=message, parent_commit=head
+                    self.repo_id, operations, commit_message=message, parent_commit=heads[-1]
                 ).oid
             )
 
-        return self._repeat(attempt, (*PASSING, *MOVED)), sent
+        commit = self._repeat(attempt, (*PASSING, *MOVED))
+        return commit, commit != heads[0]
 
     def verify(self, files: Mapping[str, Path], commit: str) -> None:
         """Download files and compare them with ours.
@@ -107,12 +103,6 @@ class Repository:
                     f"{name} came back from {self.repo_id} with other bytes than were sent; repeat "
                     "the command, and delete the file there if that does not help."
                 )
-
-    def _listing(self) -> tuple[str, dict[str, Any]]:
-        """The newest commit, and its files by path."""
-        head = str(self.api.model_info(self.repo_id).sha)
-        entries: Any = self.api.list_repo_tree(self.repo_id, recursive=True, revision=head)
-        return head, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
     def _download(self, name: str, commit: str) -> str:
         """Hash of what the Hub gives; the user's cache neither answers nor keeps it."""
@@ -180,17 +170,6 @@ def _client_errors() -> tuple[type[Exception], ...]:
         OSError,
         *(module.HTTPError for module in loaded if module is not None),
     )
-
-
-def _is(path: Path, entry: Any) -> bool:
-    """Whether the Hub's listing shows this very file."""
-    if entry is None or entry.size != path.stat().st_size:
-        return False
-    if entry.lfs is not None:
-        return bool(entry.lfs.sha256 == sha256_of(path))
-    data = path.read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)  # git's name for it
-    return bool(entry.blob_id == blob.hexdigest())
 
 
 def _seconds(text: str | None) -> float | None:
