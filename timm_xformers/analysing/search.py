@@ -90,13 +90,11 @@ class Proposal:
         assignment: Mechanism by block.
         gain: What `Costs` expects of it.
         met: Whether that is within the budget.
-        tried: Sets of blocks that were run.
     """
 
     assignment: dict[int, str]
     gain: float
     met: bool
-    tried: int
 
 
 def propose(losses: Losses, costs: Costs, factor: float, most_exact: int) -> Proposal:
@@ -111,7 +109,6 @@ def propose(losses: Losses, costs: Costs, factor: float, most_exact: int) -> Pro
     Returns:
         The set of least divergence found within the budget; where none is, the cheapest one.
     """
-    before = len(losses.known)
     whole = [dict.fromkeys(losses.blocks, name) for name in costs.whole]
     best_alone = {
         number: min(costs.whole, key=lambda name: losses.of({number: name}).kl)
@@ -121,7 +118,7 @@ def propose(losses: Losses, costs: Costs, factor: float, most_exact: int) -> Pro
     if not starts:
         cheapest = max(whole, key=costs.gain)
         losses.of(cheapest)
-        return Proposal(cheapest, costs.gain(cheapest), False, len(losses.known) - before)
+        return Proposal(cheapest, costs.gain(cheapest), False)
     ends = [_relax(losses, costs, factor, most_exact, start) for start in starts]
     best = min(ends, key=lambda end: losses.of(end).kl)
     for number in losses.blocks:
@@ -131,7 +128,7 @@ def propose(losses: Losses, costs: Costs, factor: float, most_exact: int) -> Pro
             others.append(kept)
         allowed = [other for other in others if costs.gain(other) >= factor]
         best = min([best, *allowed], key=lambda one: losses.of(one).kl)
-    return Proposal(dict(sorted(best.items())), costs.gain(best), True, len(losses.known) - before)
+    return Proposal(dict(sorted(best.items())), costs.gain(best), True)
 
 
 def _relax(
