@@ -130,10 +130,7 @@ def open_source(recipe: Recipe, used: Collection[str] = EVERYTHING) -> Source:
 def _joined(parts: Mapping[str, Images], mode: str, *, lone_is_test: bool) -> Source:
     """Put parts together; labels of all follow the names of the first.
 
-    Args:
-        parts: By role.
-        mode: PIL mode of the pictures.
-        lone_is_test: Whether a part for validation is for the test where there is none for that.
+    Where ``lone_is_test``, a part for validation is for the test if there is none for that.
     """
     splits = {role: split_of(images, mode) for role, images in parts.items()}
     if not splits:

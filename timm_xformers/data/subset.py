@@ -20,9 +20,7 @@ __all__ = ["limit_images", "number_like", "select_classes"]
 def select_classes(source: Source, wanted: Sequence[str | int]) -> Source:
     """Keep some classes, numbered anew in the order in which they are wanted.
 
-    Args:
-        source: Splits and names.
-        wanted: Class names, or labels where no class has that name.
+    They are named, or numbered where no class has that name.
 
     Raises:
         UsageError: A class is unknown or named twice, or there are fewer than two.

@@ -108,16 +108,8 @@ def complete_token_layout(model: nn.Module) -> int:
     """Call `set_token_layout` if a layer cannot run without and nobody has told it yet.
 
     For code that builds any model by name, such as our trainer. Layers that only profit from a
-    layout are left as they are, since it decides the shape of their weights.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        The number of layers told.
-
-    Raises:
-        ValueError: As `set_token_layout`.
+    layout are left as they are, since it decides the shape of their weights. Result and failures
+    are those of `set_token_layout`.
     """
     waiting = any(
         getattr(layer, "needs_layout", False) and getattr(layer, "grid_size", None) is None

@@ -144,11 +144,7 @@ def restore_attention(model: nn.Module, blocks: str | Iterable[int] | None = Non
 def replacement_of(model: nn.Module) -> dict[str, Any] | None:
     """Arguments with which `replace_attention` makes a model's replacements again, as JSON has it.
 
-    Args:
-        model: Any model.
-
-    Returns:
-        None if nothing is replaced. Weights are not part of it.
+    None if nothing is replaced. Weights are not part of it.
     """
     layers = {s.index: m for s in attention_sites(model) if isinstance(m := s.module, Form)}
     if not layers:

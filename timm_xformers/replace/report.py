@@ -195,13 +195,7 @@ _ON_CPU: dict[Any, Any] = {
 
 
 def _cost(layer: nn.Module, length: int | None, turned: bool) -> Cost:
-    """What a layer costs for one image of ``length`` tokens.
-
-    Args:
-        layer: An attention of `attention_sites`.
-        length: N, or None.
-        turned: Whether the model hands rotary positions to it.
-    """
+    """What a layer costs for one image of ``length`` tokens, ``turned`` by rotary positions."""
     parameters = sum(p.numel() for p in layer.parameters())
     width = token_width(layer, int(getattr(layer, "attn_dim", 0)))
     if length is None or width == 0:

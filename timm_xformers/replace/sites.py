@@ -85,8 +85,7 @@ _LOOKS_LIKE_ATTENTION = re.compile(r"Attn|Attention|^XCA$|^LiteMLA$|^SHSA$|^Diff
 def attention_sites(model: nn.Module) -> list[Site]:
     """Every attention of a model, in forward order, with the reason where it must stay.
 
-    Args:
-        model: Any model. Layers that pool tokens by attention are not counted.
+    Layers that pool tokens by attention are not counted.
     """
     sites: list[Site] = []
     seen: set[str] = set()  # names below sites

@@ -78,14 +78,7 @@ def renew_optimizer(
 ) -> Optimizer:
     """Create the optimiser again for a model some of whose parameters were replaced.
 
-    Args:
-        old: The optimiser so far.
-        before: The parameters it updates, by name.
-        model: With parameters of the same names.
-        recipe: As for `make_optimizer`.
-
-    Returns:
-        One that knows what the old one knew of parameters whose shape did not change.
+    The new one knows what the old one knew of parameters, by name, whose shape did not change.
     """
     new = make_optimizer(model, recipe)
     for name, parameter in model.named_parameters():
