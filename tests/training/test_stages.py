@@ -239,7 +239,14 @@ def test_dry_run_measures_every_stage_and_writes_nothing(tiny, tmp_path, capsys)
 def test_layers_in_timms_slot_are_told_each_grid(tiny, name):
     kwargs = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "attn_layer": name}
     stages = [{"epoch": 1, "img_size": 8}, {"epoch": 2, "img_size": 16}]
-    recipe = tiny(model_kwargs=kwargs, stages=stages, limit=40, batch_size=20, output="run")
+    recipe = tiny(
+        model_kwargs=kwargs,
+        stages=stages,
+        limit=40,
+        batch_size=20,
+        test_split="none",
+        output="run",
+    )
     folder, record = train(recipe)
     assert record.img_size == 16
     model, _ = build_model(f"local-dir:{folder.best}", pretrained=True)
