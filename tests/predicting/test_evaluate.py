@@ -127,6 +127,22 @@ def test_a_run_is_evaluated_on_its_own_data(colours, capsys):
     assert main(["evaluate", run, "--model", run]) == 2
 
 
+def test_a_run_repeats_what_it_said_of_pictures_that_stand_in_two_parts(run_copy, capsys):
+    record = json.loads((run_copy / "results.json").read_text())
+    twice = "the same picture twice, which flatters the figures: 1 in train and test"
+    record["data_notes"] = ["left out: 2 images", twice]
+    (run_copy / "results.json").write_text(json.dumps(record))
+    assert main(["evaluate", str(run_copy)]) == 0
+    out, err = capsys.readouterr()
+    assert f"when it was trained, {twice}\n" in err
+    assert json.loads(out)["data_notes"] == [f"when it was trained, {twice}"]
+    assert main(["evaluate", str(run_copy), "--data", "mnist"]) == 1  # other pictures
+    assert twice not in capsys.readouterr().err
+    (run_copy / "results.json").write_text("{")
+    assert main(["evaluate", str(run_copy)]) == 1
+    assert "results.json is damaged" in capsys.readouterr().err
+
+
 def test_a_terminal_gets_a_line_and_programs_json(colours, tmp_path, capsys, monkeypatch):
     fill(tmp_path / "new", ["red", "green"], 6)
     command = ["evaluate", str(colours / "run"), "--data-dir", str(tmp_path / "new")]

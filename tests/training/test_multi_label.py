@@ -112,6 +112,16 @@ def test_the_weights_say_what_they_are_to_timm_and_to_transformers(run):
     assert "multi_label_classification" in model.pretrained_cfg["notes"]
 
 
+def test_transformers_takes_the_sigmoid(run, marked):
+    transformers = pytest.importorskip("transformers")
+    classify = transformers.pipeline("image-classification", str(run.folder.best), device="cpu")
+    picture = str(marked / "test" / "test0.png")
+    theirs = {each["label"]: each["score"] for each in classify(picture)}
+    (ours,) = predict(str(run.folder.best), [picture])
+    ours = {guess.name: guess.probability for guess in ours.classes}
+    assert theirs == pytest.approx(ours, abs=1e-4)
+
+
 @pytest.mark.parametrize("labels", [None, "list.csv", "columns.csv"])
 def test_evaluate_knows_the_weights_and_goes_by_names(run, marked, labels, capsys):
     asked = [] if labels is None else ["--data-dir", str(marked), "--labels", labels]

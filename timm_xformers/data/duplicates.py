@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from timm_xformers.data.notes import Note
 from timm_xformers.data.split import Split
 
-__all__ = ["shared_pictures"]
+__all__ = ["TWICE", "shared_pictures"]
+
+TWICE = "the same picture twice, which flatters the figures: "
 
 # More are not looked through: reading them would take minutes on a slow disk.
 LOOKED_THROUGH = 50_000
@@ -42,8 +44,7 @@ def shared_pictures(splits: Mapping[str, Split]) -> list[Note]:
             words.append(f"{counts[-1]} (such as {names})")
     if not words:
         return []
-    start = "the same picture twice, which flatters the figures: "
-    return [Note(start + "; ".join(words), start + ", ".join(counts))]
+    return [Note(TWICE + "; ".join(words), TWICE + ", ".join(counts))]
 
 
 def _size(split: Split, position: int) -> int | None:

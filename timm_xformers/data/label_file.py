@@ -115,14 +115,10 @@ def _entries(
     """Picture and class of each row, or tuple of classes, and in words how these were found."""
     pictures = [row[image] if len(row) > image else "" for row in rows]
     found: list[Classes]
+    if several or label is not None:
+        _refuse_uneven(path, titles, rows, whole=label is None)
     if label is None:
         form = "columns of 0 and 1"
-        wide = next((n for n, row in enumerate(rows, 2) if len(row) != len(titles)), None)
-        if several and wide:
-            raise UserError(
-                f"{path}, entry {wide} has {len(rows[wide - 2])} columns and the first line "
-                f"{len(titles)}; correct it."
-            )
         marked = [_marked(row, image, titles) for row in rows]
         pairs = zip(pictures, marked, strict=True)
         found = [*marked] if several else [_only(path, *pair) for pair in pairs]
@@ -135,6 +131,26 @@ def _entries(
         form = ""
         found = [row[label].strip() if len(row) > label else "" for row in rows]
     return list(zip(pictures, found, strict=True)), form
+
+
+def _refuse_uneven(
+    path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool
+) -> None:
+    """A list without quotation marks, ``0001,cat,dog``, would lose all but its first class.
+
+    Args:
+        path: For the message.
+        titles: Of the columns, where there are some.
+        rows: All others.
+        whole: Whether shorter rows are wrong as well.
+    """
+    width = len(titles or rows[0])
+    for number, row in enumerate(rows, 2 if titles else 1):
+        if any(row[width:]) or (whole and len(row) < width):
+            raise UserError(
+                f"{path}, entry {number} has {len(row)} columns and the first line {width}; "
+                "correct it, or put quotation marks around a text with the mark between columns."
+            )
 
 
 def _separator(path: Path, texts: Sequence[str]) -> str | None:
@@ -159,7 +175,8 @@ def _described(found: Sequence[Classes], form: str) -> Note:
     """A line on what several classes a picture were taken to be."""
     names = sorted(names_in(found), key=by_nature)
     counts = [len(each) for each in found]
-    none = f", {counts.count(0)} pictures with none" if 0 in counts else ""
+    empty = counts.count(0)
+    none = f", {empty} picture{'' if empty == 1 else 's'} with none" if empty else ""
     some = ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
     start = f"several classes a picture, from {form}: {len(names)} classes"
     end = f"{sum(counts) / max(len(counts), 1):.2f} a picture, {max(counts, default=0)} at most"

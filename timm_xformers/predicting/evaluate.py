@@ -1,26 +1,29 @@
 """Evaluation of any timm model on a data set, as a record."""
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from timm_xformers.data.data import Data, make_batches, open_data
+from timm_xformers.data.duplicates import TWICE
 from timm_xformers.data.preprocessing import Preprocessing
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.text import some
 from timm_xformers.predicting.classes import class_names
 from timm_xformers.recipe import Recipe, load_recipe
+from timm_xformers.records.find_runs import read_record
 from timm_xformers.records.results_json import Record, environment, split_fields
 from timm_xformers.records.run_folder import RunFolder
 from timm_xformers.training.build import build_for, check_input, is_multi_label
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.metrics import evaluate_model, write_classes
 
-__all__ = ["evaluate", "open_published"]
+__all__ = ["evaluate", "open_published", "said_twice"]
 
 
 def evaluate(
@@ -55,8 +58,15 @@ def evaluate(
         if checkpoint is None
         else _from_file(recipe, split, checkpoint, say)
     )
-    _refuse_training_images(recipe, data)
-    for note in data.notes:
+    own = _own_run(recipe)
+    if own is not None and data.undivided:
+        raise UserError(
+            f"{recipe.data_dir} has no test part, and the model was trained on it; use --split "
+            "val, or name other images by --data-dir."
+        )
+    # Only the split is opened here, so what another has of its pictures is the run's to know.
+    twice = [] if own is None else said_twice(_read_notes(own.record))
+    for note in (*data.notes, *twice):
         say(note)
     for name in data.skipped:
         say(f"left out, cannot be read: {name}")
@@ -92,7 +102,7 @@ def evaluate(
         **preprocessing.size_fields,
         num_classes=data.num_classes,
         skipped_images=len(data.skipped),
-        data_notes=data.kept_notes,
+        data_notes=data.kept_notes + twice,
         batch_size=recipe.batch_size,
         num_processes=accelerator.num_processes,
         mixed_precision=recipe.mixed_precision,
@@ -159,16 +169,28 @@ def _from_file(
     return model, data, data.preprocess(preprocessing, recipe.normalize)
 
 
-def _refuse_training_images(recipe: Recipe, data: Data) -> None:
-    """A folder without parts is a test set, but not of the run that was trained on it."""
+def _own_run(recipe: Recipe) -> RunFolder | None:
+    """The run that the weights are of, if the data is what it was trained on."""
     prefix, _, folder = recipe.model.partition(":")
-    own = RunFolder(Path(folder).parent).recipe
-    if not data.undivided or prefix != "local-dir" or not own.is_file():
-        return
-    trained = load_recipe(str(own), {})
+    own = RunFolder(Path(folder).parent)
+    if prefix != "local-dir" or not own.recipe.is_file():
+        return None
+    trained = load_recipe(str(own.recipe), {})
     places = [Path(each.data_dir or "").resolve() for each in (trained, recipe)]
-    if trained.data == recipe.data and places[0] == places[1]:
-        raise UserError(
-            f"{recipe.data_dir} has no test part, and the model was trained on it; use --split "
-            "val, or name other images by --data-dir."
-        )
+    return own if trained.data == recipe.data and places[0] == places[1] else None
+
+
+def _read_notes(path: Path) -> list[str] | None:
+    """What a run's record says of its data; nothing where it is not finished."""
+    if not path.is_file():
+        return None
+    try:
+        return read_record(json.loads(path.read_text(encoding="utf-8"))).data_notes
+    except ValueError as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({detail}); restore or remove it.") from error
+
+
+def said_twice(notes: Sequence[str] | None) -> list[str]:
+    """Of a run's notes on its data, those on pictures that stand in two of its parts."""
+    return [f"when it was trained, {note}" for note in notes or () if note.startswith(TWICE)]

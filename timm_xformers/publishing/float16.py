@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import sweep, write_folder
-from timm_xformers.predicting.evaluate import evaluate
+from timm_xformers.predicting.evaluate import evaluate, said_twice
 from timm_xformers.publishing.finished_run import WEIGHTS_FILE, FinishedRun
 from timm_xformers.records.results_json import Record
 
@@ -72,8 +72,11 @@ def evaluate_float16(run: FinishedRun, folder: Path, name: str, data_dir: str | 
         mixed_precision="no",
         data_dir=data_dir or run.recipe.data_dir,
     )
+    record = evaluate(recipe)
+    twice = said_twice(run.record.data_notes) if data_dir is None else []
     return dataclasses.replace(
-        evaluate(recipe),
+        record,
+        data_notes=[*(record.data_notes or []), *twice],
         model=name,
         model_kwargs=run.record.model_kwargs,
         epochs=run.record.epochs,
