@@ -16,7 +16,7 @@ from timm_xformers.data.notes import Note
 from timm_xformers.data.targets import Classes, names_in
 from timm_xformers.data.trees import LeftOut, by_nature, is_picture
 from timm_xformers.errors import UserError
-from timm_xformers.files.text import plain
+from timm_xformers.files.text import plain, some
 
 __all__ = ["label_files"]
 
@@ -177,10 +177,9 @@ def _described(found: Sequence[Classes], form: str) -> Note:
     counts = [len(each) for each in found]
     empty = counts.count(0)
     none = f", {empty} picture{'' if empty == 1 else 's'} with none" if empty else ""
-    some = ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
     start = f"several classes a picture, from {form}: {len(names)} classes"
     end = f"{sum(counts) / max(len(counts), 1):.2f} a picture, {max(counts, default=0)} at most"
-    return Note(f"{start} ({some}), {end}{none}", f"{start}, {end}{none}")
+    return Note(f"{start} ({plain(some(names))}), {end}{none}", f"{start}, {end}{none}")
 
 
 def _read(path: Path) -> list[list[str]]:
