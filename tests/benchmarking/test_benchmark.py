@@ -61,8 +61,7 @@ LAYER = Point(
 PLAN = {"rounds": 1, "min_ms": 0.0, "limit_seconds": 0.0, "seed": 0}
 EXACT, OURS = Contender(name="softmax"), Contender(name="performer_relu_m64")
 THEIRS, SLOWER = (
-    dataclasses.replace(OURS, peer=package, peers="tools.peers")
-    for package in ("performer-pytorch", "other")
+    dataclasses.replace(OURS, peer=package) for package in ("performer-pytorch", "other")
 )
 
 
@@ -159,8 +158,7 @@ def test_crossover_and_growth():
 
 
 def test_plan_has_peers_after_ours_and_the_baseline_first(tmp_path):
-    names = ("nystrom_l64", "fnet", "softmax")
-    settings = Settings(output=tmp_path, contenders=names, peers="tools.peers")
+    settings = Settings(output=tmp_path, contenders=("nystrom_l64", "fnet", "softmax"))
     labels = [contender.label for contender in cases.contenders_of(settings)]
     assert labels == [
         "softmax",
@@ -169,7 +167,7 @@ def test_plan_has_peers_after_ours_and_the_baseline_first(tmp_path):
         "transformers: nystrom_l64",
         "fnet",
     ]
-    both = dataclasses.replace(settings, modes=("eager", "compiled"), peers=None)
+    both = dataclasses.replace(settings, modes=("eager", "compiled"), peers=False)
     assert [c.label for c in cases.contenders_of(both)][:2] == ["softmax", "softmax, compiled"]
     assert cases.baseline_of(both).mode == "eager"
     assert cases.baseline_of(dataclasses.replace(both, modes=("compiled",))).mode == "compiled"
@@ -211,7 +209,7 @@ def test_plan_has_every_point_and_own_shapes(tmp_path):
 
 def test_baseline_of_models_is_the_exact_one(tmp_path):
     names = ("vix_performer_relu_m16", "vix_softmax", "vit_tiny_patch16_224")
-    settings = Settings(output=tmp_path, models=names, peers="tools.peers")
+    settings = Settings(output=tmp_path, models=names)
     assert cases.baseline_of(settings).name == "vix_softmax"
     # One more of ours for each package with a form of its attention.
     order = [names[1], names[0], names[0], names[0], names[2]]
@@ -223,7 +221,7 @@ def test_baseline_of_models_is_the_exact_one(tmp_path):
 def test_replacements_of_the_baseline_are_contenders_of_their_own(tmp_path):
     record = json.dumps({"mechanism": {"0": "local1d_w16"}, "feature_seed": 0})
     settings = Settings(
-        output=tmp_path, models=("vix_mnist_nano",), replacements=(("cheap", record),)
+        output=tmp_path, models=("vix_mnist_nano",), replacements=(("cheap", record),), peers=False
     )
     first, second = cases.contenders_of(settings)
     assert (first.label, second.label) == ("vix_mnist_nano", "cheap")
@@ -302,7 +300,7 @@ def test_memory_of_a_copy_of_the_process_and_its_death():
 
 
 def test_a_contender_that_fails_is_left_out_with_its_reason():
-    unknown = dataclasses.replace(THEIRS, peer="flash-linear-attention")
+    unknown = Contender(name="performer_relu_m64", peer="flash-linear-attention")
     result = worker.measure_time(LAYER, [EXACT, unknown], PLAN, HostStopwatch(1))
     assert list(result["seconds"]) == ["softmax"]
     assert result["left_out"][unknown.label]
@@ -431,7 +429,7 @@ def measure_here(benchmark, kind, work):
 def test_tiny_case_from_the_command_line(tmp_path, capsys, monkeypatch):
     command = (
         "benchmark --contenders performer_relu_m16 --tokens 64 --dim 32 --num-heads 2 --head-dim 16"
-        " --batch-size 1 --rounds 1 --no-memory --passes forward,backward --output done"
+        " --batch-size 1 --rounds 1 --no-peers --no-memory --passes forward,backward --output done"
     )
     assert main(command.split()) == 0
     said = capsys.readouterr()
@@ -464,7 +462,7 @@ def test_tiny_case_from_the_command_line(tmp_path, capsys, monkeypatch):
 def test_models_with_memory_and_peers_from_the_command_line(tmp_path, capsys):
     command = (
         "benchmark --models vix_performer_softmax_m32 vix_softmax --img-size 8 --batch-size 2 "
-        "--passes train --rounds 1 --peers tools.peers --output done"
+        "--passes train --rounds 1 --output done"
     )
     assert main(command.split()) == 0
     result = json.loads((tmp_path / "done" / "benchmark.json").read_text())
@@ -481,6 +479,7 @@ def test_compiled_layers_have_their_compile_time_apart(tmp_path):
     settings = Settings(
         output=tmp_path / "done",
         contenders=("performer_relu_m16",),
+        peers=False,
         memory=False,
         tokens=(64,),
         passes=("forward",),
@@ -499,7 +498,7 @@ def test_compiled_layers_have_their_compile_time_apart(tmp_path):
 def test_fused_layers_run_the_kernels_or_are_left_out(tmp_path):
     command = (
         "-m timm_xformers benchmark --contenders performer_relu_m16 performer_relu_m256 --shape "
-        "S32 --tokens 64 --batch-size 1 --rounds 1 --modes eager fused --output"
+        "S32 --no-peers --tokens 64 --batch-size 1 --rounds 1 --modes eager fused --output"
     )
     environ = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     output = tmp_path / "done"

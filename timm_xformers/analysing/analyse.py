@@ -185,6 +185,7 @@ def _measure(
             for title, assignment in models.items()
             if assignment
         ),
+        peers=False,
         img_sizes=tuple(result["time"]["img_sizes"]),
         batch_size=analysis.time_batch,
         passes=("forward",),

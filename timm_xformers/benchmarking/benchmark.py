@@ -22,7 +22,7 @@ import timm_xformers
 from timm_xformers.benchmarking.cases import baseline_of, check, contenders_of, points_of
 from timm_xformers.benchmarking.compare import Row, Summary, rows_of
 from timm_xformers.benchmarking.layers import build_sized
-from timm_xformers.benchmarking.peers import load_peers
+from timm_xformers.benchmarking.peers import PEERS
 from timm_xformers.benchmarking.plots import plot_benchmark
 from timm_xformers.benchmarking.settings import PASSES, Contender, Point, Settings
 from timm_xformers.benchmarking.tables import lines_of, markdown, timm_csv_text
@@ -183,7 +183,6 @@ class Benchmark:
 
     def _write(self, *, complete: bool = False) -> None:
         output = self.settings.output
-        peers = load_peers(self.settings.peers) if self.settings.peers else ()
         packages = {contender.peer for contender in self.contenders}
         result = {
             **self.origin,
@@ -191,7 +190,7 @@ class Benchmark:
             "settings": self._settings(),
             "complete": complete,
             "baseline": self.baseline.label,
-            "peers": {peer.package: peer.same for peer in peers if peer.package in packages},
+            "peers": {peer.package: peer.same for peer in PEERS if peer.package in packages},
             "left_out": self.left_out,
             "rows": [
                 {**dataclasses.asdict(row), "label": row.contender.label} for row in self.rows

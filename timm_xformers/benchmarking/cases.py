@@ -10,7 +10,7 @@ import torch
 from timm.layers import Attention
 
 from timm_xformers.benchmarking.layers import build_sized, square_grid
-from timm_xformers.benchmarking.peers import load_peers, peers_of
+from timm_xformers.benchmarking.peers import peers_of
 from timm_xformers.benchmarking.settings import (
     BASELINE,
     FUSED,
@@ -63,8 +63,6 @@ def check(settings: Settings) -> Settings:
         raise UsageError(
             "--dtypes float16 needs a GPU, which --device cuda asks for; use float32 or bfloat16."
         )
-    if settings.peers is not None:
-        load_peers(settings.peers)
     if settings.models:
         _check_models(settings)
     else:
@@ -127,13 +125,11 @@ def contenders_of(settings: Settings) -> list[Contender]:
         mechanism = {name: name for name in names}
     found = []
     for name in names:
-        peers = peers_of(settings.peers, mechanism[name]) if settings.peers else []
-        packages = [peer.package for peer in peers]
+        packages = [peer.package for peer in peers_of(mechanism[name])] if settings.peers else []
         kernels = fnmatch.fnmatchcase(mechanism[name], FUSED)
         for package, mode in itertools.product(["", *packages], _modes(settings)):
             if mode != "fused" or (kernels and not package):
-                module = (settings.peers or "") if package else ""
-                found.append(Contender(name=name, peer=package, peers=module, mode=mode))
+                found.append(Contender(name=name, peer=package, mode=mode))
     for title, record in settings.replacements:
         for mode in _modes(settings):
             found.append(Contender(name=names[0], mode=mode, replacement=record, title=title))

@@ -41,7 +41,7 @@ def build_contender(contender: Contender, point: Point, seed: int) -> tuple[nn.M
         if contender.replacement:
             put_in(module, **json.loads(contender.replacement))
         if contender.peer:
-            _replace_attention(module, contender)
+            _replace_attention(module, contender.peer)
         module = module.to(point.device)
         shape = (point.batch_size, *expects.shape)
     rng = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def square_grid(tokens: int) -> tuple[int, int]:
 def _layer(contender: Contender, point: Point) -> Any:
     if contender.peer:
         dims = Dims(point.dim, point.num_heads, point.head_dim, point.size)
-        return build_peer(contender.peers, contender.peer, contender.name, dims)
+        return build_peer(contender.peer, contender.name, dims)
     kwargs: dict[str, Any] = {"num_heads": point.num_heads, "attn_head_dim": point.head_dim}
     if contender.name in (BASELINE, UNFUSED):
         exact: Any = Attention(point.dim, **kwargs)
@@ -88,7 +88,7 @@ def _layer(contender: Contender, point: Point) -> Any:
     return layer
 
 
-def _replace_attention(model: Any, contender: Contender) -> None:
+def _replace_attention(model: Any, package: str) -> None:
     """Put a package's form of the model's mechanism in its place."""
     if model.attn_layer.startswith("local2d"):
         raise Unfit("it does not shift the windows of every second block")
@@ -102,5 +102,4 @@ def _replace_attention(model: Any, contender: Contender) -> None:
             if own.qkv.bias is not None or not all(isinstance(m, nn.Identity) for m in extras):
                 raise Unfit("the model's attention has biases, norms or rotary positions")
             dims = Dims(own.qkv.in_features, own.num_heads, own.head_dim, tokens)
-            peer = build_peer(contender.peers, contender.peer, model.attn_layer, dims)
-            setattr(parent, name, peer)
+            setattr(parent, name, build_peer(package, model.attn_layer, dims))

@@ -1,7 +1,8 @@
-"""Other forms of our mechanisms beside ours, from a module that ``--peers`` names.
+"""Other packages' forms of our mechanisms, as layers on tokens (B, N, C).
 
-The module's ``PEERS`` hold a `Peer` for each form. In a clone of our repository, `tools.peers` has
-those of other packages.
+What a user would otherwise pick. Each entry of `PEERS` says what it has in common with ours and
+what it does differently; with equal weights those that compute the same give the same, which
+tests/benchmarking/test_benchmark_peers.py shows where the packages are installed.
 """
 
 import fnmatch
@@ -11,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from timm_xformers.errors import UsageError
 from timm_xformers.layers.factory import ATTENTION
 
-__all__ = ["Dims", "Peer", "Unfit", "build_peer", "load_peers", "peers_of"]
+__all__ = ["PEERS", "Dims", "Peer", "Unfit", "build_peer", "peers_of"]
 
 
 class Unfit(ValueError):
@@ -70,8 +73,7 @@ class Peer:
         module: Name to import.
         names: Shell pattern of our names.
         same: What it has in common with ours, and what not.
-        build: Makes the layer, callable as timm calls attention, from sizes, our name's numbers,
-            and the imported module.
+        build: Makes the layer from sizes, our name's numbers, and the imported module.
     """
 
     package: str
@@ -81,36 +83,259 @@ class Peer:
     build: Callable[[Dims, dict[str, Any], Any], nn.Module]
 
 
-@functools.cache
-def load_peers(module: str) -> tuple[Peer, ...]:
-    """What a module offers.
+class _InSlot(nn.Module):
+    """A layer that is called as timm calls attention, without a mask.
 
-    Raises:
-        UsageError: It cannot be imported, or offers nothing.
+    Args:
+        layer: The package's.
+        proj: Output projection, where the layer has none.
+        side: Side of the grid, for a layer on (B, H, W, C).
     """
-    try:
-        found: tuple[Peer, ...] = tuple(importlib.import_module(module).PEERS)
-    except (AttributeError, ImportError) as error:
-        raise UsageError(
-            f"--peers {module} cannot be used ({error}); name a module that has PEERS, such as "
-            "tools.peers in a clone of our repository."
-        ) from error
-    return found
+
+    def __init__(
+        self, layer: nn.Module, proj: nn.Module | None = None, side: int | None = None
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.proj = proj or nn.Identity()
+        self.side = side
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise Unfit("peers are measured without a mask")
+        if self.side is not None:
+            x = torch.unflatten(x, 1, [self.side, self.side])
+        out: Any = self.layer(x)
+        out = out[0] if isinstance(out, tuple) else out
+        mixed: Tensor = self.proj(out if self.side is None else out.flatten(1, 2))
+        return mixed
 
 
-def peers_of(module: str, name: str) -> list[Peer]:
-    """What a module offers for a named mechanism."""
-    return [peer for peer in load_peers(module) if fnmatch.fnmatchcase(name, peer.names)]
+class _Projected(nn.Module):
+    """Our projections around a rule for (B, H, N, D)."""
+
+    def __init__(self, dims: Dims, rule: nn.Module) -> None:
+        super().__init__()
+        self.dims = dims
+        self.qkv = nn.Linear(dims.dim, 3 * dims.inner, bias=False)
+        self.rule = rule
+        self.proj = nn.Linear(dims.inner, dims.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.dims.num_heads, self.dims.head_dim)
+        x = self.rule(*qkv.permute(2, 0, 3, 1, 4).unbind(0))  # (B, H, N, D)
+        out: Tensor = self.proj(x.transpose(1, 2).reshape(B, N, self.dims.inner))
+        return out
 
 
-def build_peer(module: str, package: str, name: str, dims: Dims) -> nn.Module:
+class _SwinWindows(nn.Module):
+    """Swin's layer on unshifted windows of a grid."""
+
+    def __init__(self, dims: Dims, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.side = dims.grid_side(window)
+        attn: Any = WindowAttention(
+            dims.dim,
+            dims.num_heads,
+            head_dim=dims.head_dim,
+            window_size=window,
+            qkv_bias=False,
+        )
+        attn.fused_attn = True  # off by default in timm, and faster
+        self.attn = attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        count, w = self.side // self.window, self.window
+        x = x.view(B, count, w, count, w, C).transpose(2, 3)  # (B, rows, columns, w, w, C)
+        x = self.attn(x.reshape(-1, w * w, C))
+        return x.view(B, count, count, w, w, C).transpose(2, 3).reshape(B, N, C)
+
+
+def _performer(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    kernels: dict[str, Any] = {
+        "relu": nn.ReLU(),
+        "exp": torch.exp,
+        "elu": lambda x: F.elu(x) + 1,
+        "gelu": nn.GELU(),
+    }
+    kernel = numbers["kernel"]
+    return module.SelfAttention(
+        dims.dim,
+        heads=dims.num_heads,
+        dim_head=dims.head_dim,
+        nb_features=numbers["num_features"],
+        generalized_attention=kernel != "softmax",
+        kernel_fn=kernels.get(kernel, nn.ReLU()),
+    )
+
+
+def _nystrom(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    conv = numbers.get("conv_kernel", 0)
+    return module.NystromAttention(
+        dims.dim,
+        dim_head=dims.head_dim,
+        heads=dims.num_heads,
+        num_landmarks=numbers["num_landmarks"],
+        residual=conv > 0,
+        residual_conv_kernel=conv or 33,
+    )
+
+
+def _nystromformer(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    landmarks = numbers["num_landmarks"]
+    dims.need_full_width()
+    if dims.tokens % landmarks:
+        raise Unfit(f"{dims.tokens} tokens are no multiple of {landmarks} landmarks")
+    config = module.NystromformerConfig(
+        hidden_size=dims.dim,
+        num_attention_heads=dims.num_heads,
+        num_landmarks=landmarks,
+        segment_means_seq_len=dims.tokens,
+        conv_kernel_size=numbers.get("conv_kernel") or None,
+        attention_probs_dropout_prob=0.0,
+    )
+    code = importlib.import_module("transformers.models.nystromformer.modeling_nystromformer")
+    return _InSlot(code.NystromformerSelfAttention(config), nn.Linear(dims.dim, dims.dim))
+
+
+def _linformer(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    sizes = {"k": numbers["proj_len"], "heads": dims.num_heads, "dim_head": dims.head_dim}
+    return module.LinformerSelfAttention(dims.dim, dims.tokens, **sizes)
+
+
+def _local1d(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    rule = module.LocalAttention(
+        window_size=numbers["window_size"],
+        look_backward=1,
+        look_forward=1,
+        autopad=True,
+        use_rotary_pos_emb=False,
+    )
+    return _Projected(dims, rule)
+
+
+def _swin(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    return _SwinWindows(dims, numbers["window_size"])
+
+
+def _natten(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    window = numbers["window_size"]
+    side = dims.grid_side(window)
+    dims.need_full_width()
+    layer = module.NeighborhoodAttention2D(
+        embed_dim=dims.dim,
+        num_heads=dims.num_heads,
+        kernel_size=window,
+        stride=window,
+        qkv_bias=False,
+    )
+    return _InSlot(layer, side=side)
+
+
+def _fla(dims: Dims, numbers: dict[str, Any], module: Any) -> Any:
+    kernel = numbers["kernel"]
+    if kernel not in ("relu", "elu"):
+        raise Unfit(f"it has no {kernel} kernel")
+    if numbers["num_features"] != dims.head_dim:
+        raise Unfit(
+            f"it has no random features: its state is as wide as a head, {dims.head_dim}, and "
+            f"{numbers['num_features']} were asked for"
+        )
+    return module.LinearAttention(
+        hidden_size=dims.dim,
+        expand_k=dims.inner / dims.dim,
+        expand_v=dims.inner / dims.dim,
+        num_heads=dims.num_heads,
+        feature_map=kernel,
+        output_norm="identity",
+        do_feature_map_norm=True,
+    )
+
+
+PEERS = (
+    Peer(
+        "performer-pytorch",
+        "performer_pytorch",
+        "performer_[!l]*",
+        "same m, kernel, heads and biases; softmax and exp stabilised and floored in its own way, "
+        "gelu not lifted above 0",
+        _performer,
+    ),
+    Peer(
+        "nystrom-attention",
+        "nystrom_attention",
+        "nystrom_*",
+        "same landmarks, six steps, convolution and biases; pads with zeros where landmarks do not "
+        "divide the tokens, scales its inverse by the whole batch, and iterates where ours is "
+        "exact (tokens up to the landmarks)",
+        _nystrom,
+    ),
+    Peer(
+        "transformers",
+        "transformers",
+        "nystrom_*",
+        "Nystromformer's layer and an output projection: same landmarks, six steps and "
+        "convolution; has query, key and value biases, scales its inverse by the whole batch",
+        _nystromformer,
+    ),
+    Peer(
+        "linformer",
+        "linformer",
+        "linformer_*",
+        "same k, heads and biases, two projections for all heads",
+        _linformer,
+    ),
+    Peer(
+        "local-attention",
+        "local_attention",
+        "local1d_w*[0-9]",
+        "same window and one neighbour on each side, inside the same projections; without rotary "
+        "positions; attends to the zeros with which it fills the last window",
+        _local1d,
+    ),
+    Peer(
+        "timm-swin",
+        "timm",
+        "local2d_*_shifted",
+        "timm's WindowAttention, both unshifted: same windows and biases; adds relative positions",
+        _swin,
+    ),
+    Peer(
+        "natten",
+        "natten",
+        "local2d_*_shifted",
+        "kernel = stride = window, which is the same unshifted windows",
+        _natten,
+    ),
+    Peer(
+        "flash-linear-attention",
+        "fla.layers",
+        "performer_[re]*",
+        "no random features but the kernel itself, as wide as a head, and causal: the nearest it "
+        "has, not the same",
+        _fla,
+    ),
+)
+
+
+def peers_of(name: str) -> list[Peer]:
+    """Packages with a form of a named mechanism."""
+    return [peer for peer in PEERS if fnmatch.fnmatchcase(name, peer.names)]
+
+
+def build_peer(package: str, name: str, dims: Dims) -> nn.Module:
     """A package's form of a mechanism, in float32 on the CPU, callable as timm calls attention.
 
     Raises:
         Unfit: It is not installed, or not able to.
     """
-    peer = next(peer for peer in peers_of(module, name) if peer.package == package)
-    return peer.build(dims, ATTENTION[name][1], _load(peer.module, package))
+    peer = next(peer for peer in peers_of(name) if peer.package == package)
+    return _InSlot(peer.build(dims, ATTENTION[name][1], _load(peer.module, package)))
 
 
 @functools.cache

@@ -66,6 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tokens": [1024, 4096, 16384],
         "batch_size": 1,
         "limit_seconds": 20.0,
+        "peers": False,
     },
     # Does it run at all, in a minute.
     "quick": {
@@ -83,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "modes": ["eager", "compiled", "fused"],
         "device": "cuda",
         "limit_seconds": 12.0,
+        "peers": False,
         "memory_tokens": [1024],
     },
 }
@@ -104,6 +106,7 @@ class Settings:
         output: Folder to create.
         replacements: Titles and, as JSON, arguments of `replace_attention`: the baseline model is
             measured with each of them, too.
+        peers: Measure other packages' forms of the same mechanisms too.
         min_ms: A contender is called in a round as often as this takes.
         memory: Measure peak memory.
     """
@@ -120,12 +123,7 @@ class Settings:
     baseline: str | None = _flag(
         None, str, "model that speed-ups are relative to; default the first exact one"
     )
-    peers: str | None = _flag(
-        None,
-        str,
-        "module whose PEERS, other packages' forms of the mechanisms, take part; in a clone of our "
-        "repository tools.peers",
-    )
+    peers: bool = True
     shape: str = _flag(
         "S32",
         str,
@@ -207,7 +205,6 @@ class Contender:
     Attributes:
         name: Mechanism or model of ours or timm's.
         peer: Package whose form of the mechanism takes its place; empty: none.
-        peers: Module that has it.
         mode: One of `MODES`.
         title: What to call it instead of its name.
         kwargs: Further arguments of a model.
@@ -216,7 +213,6 @@ class Contender:
 
     name: str
     peer: str = ""
-    peers: str = ""
     mode: str = "eager"
     title: str = ""
     kwargs: dict[str, Any] = field(default_factory=dict, hash=False)

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="X",
             help=field.metadata["meaning"],
         )
+    parser.add_argument("--no-peers", action="store_true", help="leave other packages out")
     parser.add_argument("--no-memory", action="store_true", help="measure no peak memory")
     parser.add_argument(
         "--output",
@@ -62,8 +63,9 @@ def run(args: argparse.Namespace) -> None:
                 [word for words in given for word in words] if flag in LISTS else given
             )
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    if args.no_memory:
-        values["memory"] = False
+    for flag in ("peers", "memory"):
+        if getattr(args, f"no_{flag}"):
+            values[flag] = False
     settings = Settings(output=Path(args.output), **values)
     from timm_xformers.benchmarking.benchmark import Benchmark
 

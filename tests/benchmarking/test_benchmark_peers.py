@@ -1,21 +1,15 @@
 """Other packages' layers give what ours give from equal weights, where they compute the same."""
 
-import functools
-
 import pytest
 import torch
 
-from timm_xformers.benchmarking import peers
-from timm_xformers.benchmarking.peers import Dims, Unfit
-from timm_xformers.errors import UsageError
+from timm_xformers.benchmarking.peers import PEERS, Dims, Unfit, build_peer, peers_of
 from timm_xformers.layers.factory import attention_class
-from tools.peers import PEERS
 
 # Imports of other packages; their warnings are theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
 WIDE = Dims(dim=32, num_heads=2, head_dim=32, tokens=64)
 EQUAL = Dims(dim=32, num_heads=2, head_dim=16, tokens=64)
-build_peer = functools.partial(peers.build_peer, "tools.peers")
 
 
 def pair(package, name, dims, **layout):
@@ -119,7 +113,7 @@ def test_what_a_peer_cannot_do_is_a_reason():
 
 
 def test_a_missing_package_is_a_reason(monkeypatch):
-    assert peers.load_peers("tools.peers")
+    from timm_xformers.benchmarking import peers
 
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
@@ -133,7 +127,7 @@ def test_a_missing_package_is_a_reason(monkeypatch):
 
 def test_names_have_the_peers_that_compute_them():
     def packages(name):
-        return [peer.package for peer in peers.peers_of("tools.peers", name)]
+        return [peer.package for peer in peers_of(name)]
 
     assert packages("performer_softmax_m32") == ["performer-pytorch"]
     assert packages("performer_relu_m64") == ["performer-pytorch", "flash-linear-attention"]
@@ -143,10 +137,3 @@ def test_names_have_the_peers_that_compute_them():
     assert packages("local2d_w8") == []
     assert packages("local2d_w8_shifted") == ["timm-swin", "natten"]
     assert packages("softmax") == packages("fnet") == []
-
-
-def test_a_module_without_peers_is_one_sentence():
-    with pytest.raises(UsageError, match=r"--peers no_such cannot be used .*tools\.peers"):
-        peers.load_peers("no_such")
-    with pytest.raises(UsageError, match="has PEERS"):
-        peers.load_peers("math")
