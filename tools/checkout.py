@@ -55,6 +55,15 @@ class Checkout:
         return self.root / "docs" / "results.md"
 
     @property
+    def retrofit_page(self) -> Path:
+        """What replaced attention keeps of a teacher's accuracy."""
+        return self.root / "docs" / "retrofit_study.md"
+
+    def retrofits(self) -> list[Path]:
+        """Folders with its records, one a data set."""
+        return sorted(path.parent for path in (self.results / "retrofit").glob("*/teacher.json"))
+
+    @property
     def notes(self) -> Path:
         """Words and figures for the table that no record has."""
         return self.results / "notes.yaml"

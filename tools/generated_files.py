@@ -18,11 +18,14 @@ from timm_xformers.studies.running.page import page_files
 from timm_xformers.weights import Weights, read_manifest
 from tools.checkout import Checkout
 from tools.readme_table import readme_table
+from tools.retrofit_page import read_evidence, retrofit_tables
 from tools.result_tables import results_table, source_sentence
 
 __all__ = ["package_cards", "stale_files", "write_generated"]
 
-BLOCK = re.compile(r"(<!-- (results|readme) -->\n).*?(?=<!-- /\2 -->)", flags=re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (results|readme|retrofit \w+) -->\n).*?(?=<!-- /\2 -->)", flags=re.DOTALL
+)
 # The table of models, below the command that prints it.
 MODELS = re.compile(
     r"(^timm-xformers (models [^\n]*)\n```\n\n<!-- models -->\n).*?(?=<!-- /models -->)",
@@ -47,7 +50,13 @@ def write_generated(checkout: Checkout) -> None:
 def _pages(checkout: Checkout) -> dict[Path, str]:
     """Pages with tables from records, as they should be."""
     tables = {"readme": readme_table(checkout), "results": results_table(checkout)}
-    pages = (checkout.readme, checkout.results_page)
+    tables |= {
+        f"retrofit {folder.name}": "\n".join(["", *retrofit_tables(read_evidence(folder)), "", ""])
+        for folder in checkout.retrofits()
+    }
+    pages = [checkout.readme, checkout.results_page]
+    if checkout.retrofits():
+        pages.append(checkout.retrofit_page)
     found = {
         path: BLOCK.sub(lambda found: found[1] + tables[found[2]], path.read_text(encoding="utf-8"))
         for path in pages
