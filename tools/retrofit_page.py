@@ -2,7 +2,7 @@
 
 A folder has ``teacher.json``, ``teacher*.csv`` (epochs of its training, in one run or several),
 ``rows/NAME.{json,yaml,csv}`` (records, recipes and epochs of repairs), and what
-`tools.retrofit_proof` measured: ``speed.json`` and ``merging.json``.
+`tools.retrofit_proof` measured: ``speed*.json`` and ``merging*.json``.
 """
 
 import csv
@@ -62,7 +62,7 @@ class Row:
     def interval(self) -> tuple[float, float]:
         """95 %: of the mean over seeds (Student), or of one run's images (Wilson)."""
         if len(self.top1) == 1:
-            return wilson_interval(round(self.top1[0] * self.images / 100), self.images)
+            return _wilson(self.top1[0], self.images)
         half = t.ppf(0.975, len(self.top1) - 1) * statistics.stdev(self.top1)
         half /= len(self.top1) ** 0.5
         return self.mean - half, self.mean + half
@@ -127,12 +127,18 @@ def read_evidence(folder: Path) -> Evidence:
         taught.pop(),
         seconds,
         rows,
-        *(_rows_of(folder / f"{name}.json") for name in ("merging", "speed")),
+        *(_rows_of(folder, name) for name in ("merging", "speed")),
     )
 
 
-def _rows_of(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+def _wilson(percent: float, images: int) -> tuple[float, float]:
+    low, high = wilson_interval(round(percent * images / 100), images)
+    return 100 * low, 100 * high
+
+
+def _rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob(f"{name}*.json"))
+    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
 
 
 def _title(replace: dict[str, Any]) -> str:
@@ -162,7 +168,17 @@ def retrofit_tables(found: Evidence) -> list[str]:
     """Markdown: accuracy of every row, then speed."""
     sizes = found.sizes
     twice = sizes[min(1, len(sizes) - 1)] if sizes else 0
-    heads = ["attention", "repair", "time %", "images", "top-1 %", "95 %", "kept %", "agreement %", "seeds"]
+    heads = [
+        "attention",
+        "repair",
+        "time %",
+        "images",
+        "top-1 %",
+        "95 %",
+        "kept %",
+        "agreement %",
+        "seeds",
+    ]
     heads += [f"times as fast at {twice} px"] if sizes else []
     lines = []
     for row in found.rows:
@@ -187,9 +203,7 @@ def retrofit_tables(found: Evidence) -> list[str]:
             "0",
             "0",
             f"{row['top1_percent']:.2f}",
-            "{:.1f} to {:.1f}".format(
-                *wilson_interval(round(row["top1_percent"] * row["images"] / 100), row["images"])
-            ),
+            "{:.1f} to {:.1f}".format(*_wilson(row["top1_percent"], row["images"])),
             f"{100 * row['top1_percent'] / found.teacher:.1f}",
             f"{row['agreement_percent']:.1f}",
             "",

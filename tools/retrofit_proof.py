@@ -49,9 +49,7 @@ def with_timms_attention(model: Model) -> Model:
     twin = copy.deepcopy(model)
     for site in attention_sites(twin):
         ours: Any = site.module
-        theirs = Attention(
-            ours.qkv.in_features, ours.num_heads, qkv_bias=ours.qkv.bias is not None
-        )
+        theirs = Attention(ours.qkv.in_features, ours.num_heads, qkv_bias=ours.qkv.bias is not None)
         theirs.load_state_dict(ours.state_dict())
         twin.set_submodule(site.name, theirs)
     return twin.eval()
@@ -194,9 +192,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.task == "plots":
         for folder in this_checkout().retrofits():
-            retrofit_plot(
-                read_evidence(folder), folder.parent / f"{folder.name}.png", folder.name
-            )
+            retrofit_plot(read_evidence(folder), folder.parent / f"{folder.name}.png", folder.name)
         return 0
     found = measure_merging(args) if args.task == "merging" else measure_speed(args)
     write_text(args.output, json.dumps(found, indent=1) + "\n")
