@@ -18,8 +18,8 @@ from timm_xformers.studies.running.page import page_files
 from timm_xformers.weights import Weights, read_manifest
 from tools.checkout import Checkout
 from tools.readme_table import readme_table
-from tools.retrofit_page import read_evidence, retrofit_tables
 from tools.result_tables import results_table, source_sentence
+from tools.retrofit_page import read_evidence, retrofit_tables
 
 __all__ = ["package_cards", "stale_files", "write_generated"]
 
