@@ -67,6 +67,7 @@ ON_FILES = {
 # Fields whose effect other tests show.
 ELSEWHERE = {
     "labels",  # tests/data
+    "multi_label",  # test_multi_label
     "max_seconds",  # test_start_and_end
     "data", "data_dir", "val_split", "test_split", "download",  # test_data
     "unreadable",  # test_readable
