@@ -209,7 +209,8 @@ def retrofit_tables(found: Evidence) -> list[str]:
             "",
         ]
         lines.append(cells + _times(found, f"merging {row['removed_per_block']}", twice))
-    return [*markdown_table(heads, lines, "llrrrrrrrr"), "", *_speed_table(found, sizes)]
+    table = markdown_table(heads, lines, "llrrrrrrrr")
+    return [*table, "", *_speed_table(found, sizes)] if sizes else table
 
 
 def _times(found: Evidence, title: str, size: int) -> list[str]:
@@ -220,8 +221,6 @@ def _times(found: Evidence, title: str, size: int) -> list[str]:
 
 
 def _speed_table(found: Evidence, sizes: Sequence[int]) -> list[str]:
-    if not sizes:
-        return []
     heads = ["one thread, one image"]
     for size in sizes:
         heads += [f"images/s at {size} px", "times as fast", "MiB of a pass"]
