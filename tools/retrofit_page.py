@@ -143,7 +143,7 @@ def _rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def _title(replace: dict[str, Any]) -> str:
     blocks = replace.get("blocks")
-    return replace["mechanism"] + (f"@{blocks}" if blocks else "")
+    return f"{replace['mechanism']}@{blocks}" if blocks else str(replace["mechanism"])
 
 
 def _kind(recipe: dict[str, Any]) -> str:
@@ -196,19 +196,19 @@ def retrofit_tables(found: Evidence) -> list[str]:
             str(len(row.top1)),
         ]
         lines.append(cells + _times(found, row.title, twice))
-    for row in found.merging:
+    for merged in found.merging:
         cells = [
-            f"token merging, {row['removed_per_block']} a block",
+            f"token merging, {merged['removed_per_block']} a block",
             "none",
             "0",
             "0",
-            f"{row['top1_percent']:.2f}",
-            "{:.1f} to {:.1f}".format(*_wilson(row["top1_percent"], row["images"])),
-            f"{100 * row['top1_percent'] / found.teacher:.1f}",
-            f"{row['agreement_percent']:.1f}",
+            f"{merged['top1_percent']:.2f}",
+            "{:.1f} to {:.1f}".format(*_wilson(merged["top1_percent"], merged["images"])),
+            f"{100 * merged['top1_percent'] / found.teacher:.1f}",
+            f"{merged['agreement_percent']:.1f}",
             "",
         ]
-        lines.append(cells + _times(found, f"merging {row['removed_per_block']}", twice))
+        lines.append(cells + _times(found, f"merging {merged['removed_per_block']}", twice))
     table = markdown_table(heads, lines, "llrrrrrrrr")
     return [*table, "", *_speed_table(found, sizes)] if sizes else table
 

@@ -13,6 +13,7 @@ teacher's weights are put into that first, and the two are compared.
 
 import argparse
 import copy
+import importlib
 import json
 import os
 import statistics
@@ -35,7 +36,7 @@ from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_json import environment
 from timm_xformers.replace import attention_sites, replace_attention
 from timm_xformers.training.devices import make_accelerator
-from timm_xformers.training.metrics import evaluate_model
+from timm_xformers.training.metrics import Metrics, evaluate_model
 from tools.checkout import this_checkout
 from tools.retrofit_page import read_evidence, retrofit_plot
 
@@ -58,7 +59,7 @@ def with_timms_attention(model: Model) -> Model:
 def merging(model: Model, source: Path, removed: int) -> Model:
     """A copy of a model that merges so many tokens in every block, by the published code."""
     sys.path.insert(0, str(source))
-    import tome
+    tome: Any = importlib.import_module("tome")
 
     twin = with_timms_attention(model)
     tome.patch.timm(twin)
@@ -73,14 +74,20 @@ def measure_merging(args: argparse.Namespace) -> dict[str, Any]:
     )
     teacher, data, preprocessing = open_published(recipe, "test")
     assert data.test is not None
-    batches = make_batches(
-        data.test, recipe, preprocessing, in_memory=data.in_memory, training=False, device="cpu"
-    )
     accelerator = make_accelerator("no")
+    batches = make_batches(
+        data.test,
+        recipe,
+        preprocessing,
+        in_memory=data.in_memory,
+        training=False,
+        device=accelerator.device,
+    )
     rows = []
     for removed in args.removed:
         model = merging(teacher, args.source, removed)
         found = evaluate_model(model, batches, args.batch_size, accelerator, teacher)
+        assert isinstance(found, Metrics)
         rows.append(
             {
                 "removed_per_block": removed,
