@@ -96,6 +96,11 @@ class Evidence:
         """Sides of the images that were timed."""
         return sorted({row["img_size"] for row in self.speed})
 
+    @property
+    def shown(self) -> int:
+        """Side at which speed stands beside accuracy: the second that was timed; 0 for none."""
+        return self.sizes[min(1, len(self.sizes) - 1)] if self.sizes else 0
+
 
 def read_evidence(folder: Path) -> Evidence:
     """Read the records of a data set."""
@@ -167,7 +172,6 @@ def _column(path: Path, name: str) -> float:
 def retrofit_tables(found: Evidence) -> list[str]:
     """Markdown: accuracy of every row, then speed."""
     sizes = found.sizes
-    twice = sizes[min(1, len(sizes) - 1)] if sizes else 0
     heads = [
         "attention",
         "repair",
@@ -179,7 +183,7 @@ def retrofit_tables(found: Evidence) -> list[str]:
         "agreement %",
         "seeds",
     ]
-    heads += [f"times as fast at {twice} px"] if sizes else []
+    heads += [f"times as fast at {found.shown} px"] if sizes else []
     lines = []
     for row in found.rows:
         agreed = [value for value in row.agreement if value is not None]
@@ -195,7 +199,7 @@ def retrofit_tables(found: Evidence) -> list[str]:
             figure(statistics.fmean(agreed), 1) if agreed else "",
             str(len(row.top1)),
         ]
-        lines.append(cells + _times(found, row.title, twice))
+        lines.append(cells + _times(found, row.title, found.shown))
     for merged in found.merging:
         cells = [
             f"token merging, {merged['removed_per_block']} a block",
@@ -208,7 +212,7 @@ def retrofit_tables(found: Evidence) -> list[str]:
             f"{merged['agreement_percent']:.1f}",
             "",
         ]
-        lines.append(cells + _times(found, f"merging {merged['removed_per_block']}", twice))
+        lines.append(cells + _times(found, f"merging {merged['removed_per_block']}", found.shown))
     table = markdown_table(heads, lines, "llrrrrrrrr")
     return [*table, "", *_speed_table(found, sizes)] if sizes else table
 
@@ -259,12 +263,12 @@ def retrofit_plot(found: Evidence, path: Path, title: str) -> None:
         )
         if line:
             left.plot(*zip(*line, strict=True), label=name, **style)
-        fast = found.faster(name, found.sizes[-1]) if found.sizes else None
+        fast = found.faster(name, found.shown)
         best = [row.mean for row in found.rows if row.title == name and row.kind != "scratch"]
         if fast and best:
             right.plot(fast["times_as_fast"], max(best), linestyle="none", label=name, **style)
     for row in found.merging:
-        fast = found.faster(f"merging {row['removed_per_block']}", found.sizes[-1])
+        fast = found.faster(f"merging {row['removed_per_block']}", found.shown)
         if fast:
             right.plot(fast["times_as_fast"], row["top1_percent"], "k+", label="token merging")
     for axes in (left, right):
@@ -275,8 +279,6 @@ def retrofit_plot(found: Evidence, path: Path, title: str) -> None:
         axes.legend(handles.values(), handles.keys(), fontsize=7)
     left.set_xlabel("repair, % of the teacher's training time")
     left.set_title(title, fontsize=10)
-    right.set_xlabel(
-        f"times as fast as the teacher at {found.sizes[-1]} px" if found.sizes else "speed"
-    )
+    right.set_xlabel(f"times as fast as the teacher at {found.shown} px")
     right.set_title("dotted: 98 % of the teacher", fontsize=10)
     save(drawn, path)

@@ -198,8 +198,10 @@ def main() -> int:
     tasks.add_parser("plots")
     args = parser.parse_args()
     if args.task == "plots":
-        for folder in this_checkout().retrofits():
-            retrofit_plot(read_evidence(folder), folder.parent / f"{folder.name}.png", folder.name)
+        checkout = this_checkout()
+        for folder in checkout.retrofits():
+            path = checkout.root / "docs" / "retrofit" / f"{folder.name}.png"
+            retrofit_plot(read_evidence(folder), path, folder.name)
         return 0
     found = measure_merging(args) if args.task == "merging" else measure_speed(args)
     write_text(args.output, json.dumps(found, indent=1) + "\n")
