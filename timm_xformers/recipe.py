@@ -27,6 +27,7 @@ from timm_xformers.files.atomic import write_text
 
 __all__ = [
     "NO_INFLUENCE",
+    "NO_LABELS",
     "Recipe",
     "allowed",
     "dump_yaml",
@@ -60,6 +61,8 @@ CAME_LATER: dict[str, Any] = {
     "teacher_loss": {},
 }
 # Terms of the loss against a teacher, and their weights where `teacher_loss` does not say others.
+# The value of ``labels`` for images without any.
+NO_LABELS = "none"
 TEACHER_TERMS = {"features": 1.0, "logits": 1.0, "labels": 0.0}
 # Arguments of timm.create_model that settings of their own decide, or that no recipe may set.
 NOT_MODEL_KWARGS = (
@@ -151,7 +154,7 @@ class Recipe:
         None,
         "Where the labels stand, if not in the names of folders: a CSV file of image and class for "
         "a folder of images, or a column of a Hub data set. null: class folders, or the usual "
-        "column.",
+        "column. none: nowhere; a teacher then says what is right.",
     )
     multi_label: bool = _setting(
         False,
@@ -399,6 +402,12 @@ class Recipe:
             raise UsageError("max_steps and max_seconds are two budgets; use one of them.")
         _check_multi_label(self)
         _check_teacher(self)
+        _check_unlabelled(self)
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether the images come without labels."""
+        return self.labels == NO_LABELS
 
     @property
     def starts_pretrained(self) -> bool:
@@ -609,6 +618,19 @@ def _check_multi_label(recipe: Recipe) -> None:
         raise UsageError(
             "A teacher is matched by softmax, for one class an image; drop teacher, or multi_label."
         )
+
+
+def _check_unlabelled(recipe: Recipe) -> None:
+    """Refuse what needs labels where there are none."""
+    if not recipe.unlabelled:
+        return
+    if recipe.teacher is not None and recipe.teacher_weights["labels"]:
+        raise UsageError(
+            "teacher_loss gives the labels a weight, and labels=none says that there are none; "
+            "leave that term out, or name a file of labels."
+        )
+    if recipe.classes is not None:
+        raise UsageError("classes goes by labels, and labels=none says there are none; drop it.")
 
 
 def _check_class_weights(weights: str | dict[str, Any] | None) -> None:

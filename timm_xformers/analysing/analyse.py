@@ -160,15 +160,18 @@ def analyse(analysis: Analysis) -> str:
 
 
 def _entry(name: str, loss: Loss) -> dict[str, Any]:
-    share, right = (wilson_interval(count, loss.images) for count in (loss.agreement, loss.right))
+    share, right = (
+        None if count is None else [round(100 * e, 2) for e in wilson_interval(count, loss.images)]
+        for count in (loss.agreement, loss.right)
+    )
     return {
         "mechanism": name,
         "feature_error": loss.feature_error,
         "kl_nats": loss.kl,
         "agreement_percent": loss.agreement_percent,
-        "agreement_interval_percent": [round(100 * end, 2) for end in share],
+        "agreement_interval_percent": share,
         "top1_percent": loss.top1_percent,
-        "top1_interval_percent": [round(100 * end, 2) for end in right],
+        "top1_interval_percent": right,
     }
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_xformers.data.targets import are_unlabelled
 from timm_xformers.errors import UsageError
 from timm_xformers.replace.replacing import put_in
 from timm_xformers.replace.sites import attention_sites
@@ -29,14 +30,14 @@ class Loss:
         kl: Mean divergence of the predicted classes from the original's, KL(original || changed),
             in nats.
         agreement: Images for which both predict the same class.
-        right: Images whose label is predicted.
+        right: Images whose label is predicted; None without labels.
         images: Images in all.
     """
 
     feature_error: float
     kl: float
     agreement: int
-    right: int
+    right: int | None
     images: int
 
     @property
@@ -45,9 +46,9 @@ class Loss:
         return 100 * self.agreement / self.images
 
     @property
-    def top1_percent(self) -> float:
-        """Accuracy."""
-        return 100 * self.right / self.images
+    def top1_percent(self) -> float | None:
+        """Accuracy; None without labels."""
+        return None if self.right is None else 100 * self.right / self.images
 
 
 class Losses:
@@ -59,7 +60,8 @@ class Losses:
     Args:
         model: A model of timm's, on its device.
         mechanisms: Names of `timm_xformers.list_attention`.
-        batches: Normalised images (B, C, H, W) and labels (B,), on the same device.
+        batches: Normalised images (B, C, H, W) and labels (B,), on the same device; see
+            `targets` for images without labels.
         feature_seed: Seed of what mechanisms draw.
 
     Raises:
@@ -171,6 +173,7 @@ class Losses:
     def _measure(self) -> Loss:
         off = norm = divergence = 0.0
         agreement = right = count = 0
+        labelled = True
         for turn, (images, labels) in enumerate(self.batches):
             features, logits = self._run(images)
             if turn < len(self.features):
@@ -182,8 +185,10 @@ class Losses:
             agreement += int((guess == self.logits[turn].argmax(dim=-1)).sum())
             right += int((guess == labels).sum())
             count += len(labels)
+            labelled = labelled and not are_unlabelled(labels)
         error = (off / norm) ** 0.5 if norm else 0.0
-        return Loss(error, max(0.0, divergence / count), agreement, right, count)
+        found = right if labelled else None
+        return Loss(error, max(0.0, divergence / count), agreement, found, count)
 
 
 def _tensor(out: object) -> Tensor:

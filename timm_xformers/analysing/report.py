@@ -85,7 +85,7 @@ def _whole(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{100 * entry['feature_error']:.1f} %",
                 f"{entry['kl_nats']:.4f}",
                 f"{entry['agreement_percent']:.1f}",
-                f"{entry['top1_percent']:.1f}",
+                figure(entry["top1_percent"], 1) or "no labels",
                 *map(_times, at),
                 figure(peak, 0),
             ]

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", help="as for evaluate: digits, cifar10, folder, ...")
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lies")
-    parser.add_argument("--labels", metavar="FILE|COLUMN", help="as for evaluate")
+    parser.add_argument(
+        "--labels", metavar="FILE|COLUMN|none", help="as for evaluate; none: images without labels"
+    )
     parser.add_argument(
         "--split",
         choices=("val", "train"),

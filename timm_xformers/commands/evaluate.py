@@ -9,7 +9,7 @@ from typing import Any
 
 from timm_xformers.commands.options import add_recipe_options, given_values
 from timm_xformers.errors import UsageError, require_extra
-from timm_xformers.recipe import Recipe, load_recipe
+from timm_xformers.recipe import NO_LABELS, Recipe, load_recipe
 
 __all__ = ["HELP", "add_arguments", "recipe_of", "run"]
 
@@ -92,7 +92,8 @@ def recipe_of(args: argparse.Namespace, values: dict[str, Any]) -> Recipe:
     own = Path(folder).parent / "recipe.yaml"
     if colon and args.recipe is None and not {"data", "data_dir"} & {*values} and own.is_file():
         trained = dataclasses.asdict(load_recipe(str(own), {}))
-        recipe = load_recipe(None, {name: trained[name] for name in DATA_FIELDS} | values)
+        fields = [*DATA_FIELDS, "teacher"] if trained["labels"] == NO_LABELS else DATA_FIELDS
+        recipe = load_recipe(None, {name: trained[name] for name in fields} | values)
     return recipe
 
 

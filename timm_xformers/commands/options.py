@@ -42,8 +42,9 @@ def add_recipe_options(parser: argparse.ArgumentParser, *, with_model: bool = Tr
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lies")
     parser.add_argument(
         "--labels",
-        metavar="FILE|COLUMN",
-        help="CSV file of image,class for a folder of images, or a column of a Hub data set",
+        metavar="FILE|COLUMN|none",
+        help="CSV file of image,class for a folder of images, or a column of a Hub data set; none: "
+        "a folder of images without labels, for retrofit and analyse",
     )
     parser.add_argument(
         "--classes",

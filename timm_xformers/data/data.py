@@ -24,7 +24,7 @@ from timm_xformers.data.sampling import stratified_split
 from timm_xformers.data.sources import Source, open_source
 from timm_xformers.data.split import Split
 from timm_xformers.data.subset import limit_images, number_like, select_classes
-from timm_xformers.data.targets import are_marks, images_by_class, strata
+from timm_xformers.data.targets import are_marks, are_unlabelled, images_by_class, strata
 from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.text import some
 from timm_xformers.recipe import Recipe
@@ -98,6 +98,11 @@ class Data:
     def multi_label(self) -> bool:
         """Whether an image may have several classes, or none."""
         return are_marks(self.train.labels)
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether the images have no labels."""
+        return are_unlabelled(self.train.labels)
 
     @property
     def kept_notes(self) -> list[str]:
@@ -208,6 +213,8 @@ def _count_classes(recipe: Recipe, source: Source) -> int:
 
     A label without a name, or above ones that no image has, is a slip more often than a class.
     """
+    if recipe.unlabelled:
+        return recipe.num_classes or 0  # as many as the model has
     titled = {"training": source.train, "validation": source.val, "test": source.test}
     if recipe.multi_label:
         return _count_marked(recipe, source)
@@ -270,6 +277,8 @@ def _refuse_unmarked(splits: Mapping[str, Split]) -> None:
 def _lacking(test: Split | None, names: Sequence[str], num_classes: int) -> list[Note]:
     """A line on classes without test images, on which the figures say nothing; or none."""
     if test is None:
+        return []
+    if are_unlabelled(test.labels):
         return []
     seen = images_by_class(test.labels, num_classes)
     named = len(names) == num_classes

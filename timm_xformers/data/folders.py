@@ -4,8 +4,8 @@
   is asked for.
 * ``D/train/CLASS/picture``, with ``val`` and ``test`` where there are some: parts, in any case and
   by any of the names in `ROLES`. A part may be a tar, ``D/train.tar``, and so may D.
-* with a label file (`label_file`): pictures anywhere below D; those below a part's folder are of
-  that part, all others for training.
+* with a label file (`label_file`), or said to have no labels: pictures anywhere below D; those
+  below a part's folder are of that part, all others for training.
 
 The class is the first folder, however deep a picture lies. A lone folder around all others, as an
 archive leaves it, is looked into. The same folder is never two parts. What is left out is counted.
@@ -55,7 +55,7 @@ class FileImages(Images):
     Args:
         place: Where they lie.
         classes: Class of each by name below the place, or tuples of its classes.
-        order: Names of the classes by label.
+        order: Names of the classes by label; empty if there are no labels.
     """
 
     def __init__(self, place: Place, classes: Mapping[str, Classes], order: Sequence[str]) -> None:
@@ -101,15 +101,19 @@ def open_folder(recipe: Recipe, used: Collection[str]) -> tuple[dict[str, FileIm
         UserError: It is no such folder.
     """
     root, wanted = _find_root(recipe)
-    labels = None if recipe.labels is None else _find_label_file(recipe)
-    places = _find_parts(root, wanted, labelled=labels is not None)
+    by_file = recipe.labels is not None and not recipe.unlabelled
+    labels = _find_label_file(recipe) if by_file else None
+    flat = recipe.labels is not None  # no folder is a class
+    places = _find_parts(root, wanted, labelled=flat)
     left_out = LeftOut()
-    parts = _read_parts(root, places, used, left_out, flat=labels is not None)
+    parts = _read_parts(root, places, used, left_out, flat=flat)
     notes: list[Note] = []
     classes: Mapping[str, Mapping[str, Classes]]
     if labels is not None:
         files = {role: (part.name, part.tree.files) for role, part in parts.items()}
         classes, notes = label_files(labels, files, left_out, several=recipe.multi_label)
+    elif recipe.unlabelled:
+        classes = {role: dict.fromkeys(_files(part), ()) for role, part in parts.items()}
     else:
         classes = {role: _by_folder(role, part, left_out) for role, part in parts.items()}
     if "train" in used and not classes.get("train"):
@@ -256,19 +260,25 @@ def _unwrapped(place: Place, kept: Collection[str]) -> Place:
     return place
 
 
+def _files(part: Part, advice: str = "name the folder that holds them") -> Collection[str]:
+    """The pictures of a part, of which there must be some."""
+    if not part.tree.files:
+        raise UserError(
+            f"Found 0 images in {part.place}; {advice}. Read are .png, .jpg, .webp, .tif and what "
+            "else Pillow opens."
+        )
+    return part.tree.files
+
+
 def _by_folder(role: str, part: Part, left_out: LeftOut) -> dict[str, str]:
     """Class of each picture: the first folder of its name."""
-    files = part.tree.files
-    if not files:
-        raise UserError(
-            f"Found 0 images in {part.place}; put them into a folder for each class. Read are "
-            ".png, .jpg, .webp, .tif and what else Pillow opens."
-        )
+    files = _files(part, "put them into a folder for each class")
     classes = {file: file.partition("/")[0] for file in files if "/" in file}
     if not classes or {name.casefold() for name in classes.values()} <= ROLE_NAMES:
         raise UserError(
             f"The images in {part.place} form one class, for there are no class folders; put each "
-            "class into a folder of its own, or name a file of their classes by --labels FILE.csv."
+            "class into a folder of its own, or name a file of their classes by --labels FILE.csv. "
+            "Without labels, retrofit and analyse take them by --labels none."
         )
     left_out.add("images beside the class folders", set(files) - set(classes))
     # A class without images has no number; left unsaid, the later classes would be renumbered.

@@ -90,8 +90,15 @@ def open_source(recipe: Recipe, used: Collection[str] = EVERYTHING) -> Source:
     scheme = name if known is None or name == "digits" else _locate_known(recipe, known)
     prefix, slash, rest = scheme.partition("/")
     prefix = prefix.lower() if slash else ""
-    if recipe.labels is not None and name not in FOLDERS and prefix not in ("hfds", "hfids"):
-        raise UsageError(f"labels is for folders of images and Hub data sets; drop it for {name}.")
+    if recipe.labels is not None and name not in FOLDERS:
+        if recipe.unlabelled:
+            raise UsageError(
+                f"labels=none is for folders of images; drop it for {name}, whose labels are known."
+            )
+        if prefix not in ("hfds", "hfids"):
+            raise UsageError(
+                f"labels is for folders of images and Hub data sets; drop it for {name}."
+            )
     if recipe.multi_label and (recipe.labels is None or name not in FOLDERS):
         raise UsageError(
             "multi_label, several classes a picture, is read from a label file beside a folder of "

@@ -1,7 +1,8 @@
 """What an image's label is: its class, (N,), or with several classes an image, marks (N, C).
 
-Marks are floats of 0 and 1, as binary cross-entropy takes them. What differs between the two kinds
-of labels, from files to splits, is here.
+Marks are floats of 0 and 1, as binary cross-entropy takes them. Images without labels have the
+number `UNLABELLED` in the place of a class. What differs between the kinds, from files to splits,
+is here.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -9,7 +10,12 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Classes", "are_marks", "images_by_class", "names_in", "renumber", "strata", "to_labels"]
+__all__ = [
+    *("UNLABELLED", "Classes", "are_marks", "are_unlabelled", "images_by_class", "names_in"),
+    *("renumber", "strata", "to_labels"),
+]
+
+UNLABELLED = -1
 
 # By name: the class of an image, or its classes, of which there may be none.
 Classes = str | tuple[str, ...]
@@ -20,13 +26,23 @@ def are_marks(labels: Tensor) -> bool:
     return labels.dim() == 2
 
 
+def are_unlabelled(labels: Tensor) -> bool:
+    """Whether no image has a label."""
+    return not are_marks(labels) and bool((labels == UNLABELLED).all())
+
+
 def names_in(found: Iterable[Classes]) -> set[str]:
     """All names that occur."""
     return {name for each in found for name in ((each,) if isinstance(each, str) else each)}
 
 
 def to_labels(found: Collection[Classes], order: Sequence[str]) -> Tensor:
-    """Labels (N,) of names, or marks (N, C) of tuples of names, numbered in an order."""
+    """Labels (N,) of names, or marks (N, C) of tuples of names, numbered in an order.
+
+    Without an order nobody knows a class, and all are `UNLABELLED`.
+    """
+    if not order:
+        return torch.full((len(found),), UNLABELLED)
     number = {name: label for label, name in enumerate(order)}
     if all(isinstance(each, str) for each in found):
         return torch.tensor([number[str(each)] for each in found], dtype=torch.long)
@@ -38,6 +54,8 @@ def to_labels(found: Collection[Classes], order: Sequence[str]) -> Tensor:
 
 def images_by_class(labels: Tensor, num_classes: int) -> Tensor:
     """Images that have each class, (C,)."""
+    if are_unlabelled(labels):
+        return torch.zeros(num_classes, dtype=torch.long)
     return labels.long().sum(0) if are_marks(labels) else labels.bincount(minlength=num_classes)
 
 

@@ -9,7 +9,6 @@ import torch
 from timm_xformers.recipe import Recipe, dump_yaml
 from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochSums
-from timm_xformers.training.metrics import evaluate_model
 from timm_xformers.training.session import Session, open_session
 from timm_xformers.training.stages import Stage, stage_of
 from timm_xformers.training.trackers import tracker_names
@@ -188,7 +187,7 @@ def measure_steps(
     some = val.subset(torch.arange(min(len(val), MEASURED_STEPS * batch)))
     images = session.batches(some)
     start, cpu_start = time.perf_counter(), time.process_time()
-    evaluate_model(trainer.best_weights, images, session.recipe.batch_size, session.accelerator)
+    session.evaluate(images)
     share = len(val) / len(some)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     return step, (share * wall, share * cpu)

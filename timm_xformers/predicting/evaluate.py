@@ -22,6 +22,7 @@ from timm_xformers.records.run_folder import RunFolder
 from timm_xformers.training.build import build_for, check_input, is_multi_label
 from timm_xformers.training.devices import make_accelerator
 from timm_xformers.training.metrics import evaluate_model, write_classes
+from timm_xformers.training.teacher import open_teacher
 
 __all__ = ["evaluate", "open_published", "said_twice"]
 
@@ -87,8 +88,10 @@ def evaluate(
             raise UsageError(f"{details} is a file; choose a folder as --details.")
         details.mkdir(parents=True, exist_ok=True)
     model.to(accelerator.device)
+    teacher = open_teacher(recipe) if data.unlabelled else None
+    taught = None if teacher is None else teacher.model.to(accelerator.device)
     start = time.perf_counter()
-    metrics = evaluate_model(model, batches, recipe.batch_size, accelerator)
+    metrics = evaluate_model(model, batches, recipe.batch_size, accelerator, taught)
     seconds = time.perf_counter() - start
     if details is not None and accelerator.is_main_process:
         title = f"{recipe.model} on {recipe.data}, {split}"
@@ -101,6 +104,7 @@ def evaluate(
         data=recipe.data,
         **preprocessing.size_fields,
         num_classes=data.num_classes,
+        teacher=None if teacher is None else teacher.name,
         skipped_images=len(data.skipped),
         data_notes=data.kept_notes + twice,
         batch_size=recipe.batch_size,

@@ -11,7 +11,7 @@ from timm_xformers.data.known_sets import describe
 from timm_xformers.files.tables import markdown_table
 from timm_xformers.publishing.finished_run import public_settings
 from timm_xformers.recipe import Recipe, load_recipe, shipped_recipes
-from timm_xformers.records.headline import MAP
+from timm_xformers.records.headline import AGREEMENT, MAP
 from timm_xformers.records.results_json import Record
 
 __all__ = ["LICENSE", "Card", "changed_settings", "reproduction", "write_card"]
@@ -101,6 +101,7 @@ def write_card(card: Card) -> str:
         **fields,
         data=data,
         several=several,
+        unlabelled=headline is AGREEMENT,
         results=_results(card),
         replaced=bool(card.recipe.replace),
         settings=changed_settings(card.recipe),
@@ -159,7 +160,7 @@ def _results(card: Card) -> str:
         shown = headline.beside_of(record, split)
         figures += [f"{shown[w]:.2f}" if w in shown else "-" for w in headline.beside.values()]
         rows.append([words, *figures, f"{loss:.4f}"])
-    interval = [] if headline is MAP else ["95 % interval"]
+    interval = ["95 % interval"] if headline.counted else []
     beside_heads = [f"{word} %" for word in headline.beside.values()]
     heads = ["images of", "number", f"{headline.word} %", *interval, *beside_heads, "loss"]
     return "\n".join(markdown_table(heads, rows, "lrrlrr"))

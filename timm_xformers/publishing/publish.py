@@ -33,7 +33,7 @@ from timm_xformers.publishing.finished_run import (
     public_settings,
 )
 from timm_xformers.publishing.hub import Repository
-from timm_xformers.records.headline import MAP
+from timm_xformers.records.headline import TOP1
 from timm_xformers.records.results_json import Record
 from timm_xformers.records.run_folder import RunFolder
 from timm_xformers.training.build import build_model
@@ -188,6 +188,6 @@ def _start(run: FinishedRun) -> tuple[str, str | None]:
 def _message(run: FinishedRun) -> str:
     record = run.record
     figure = f"{record.percent('test'):.2f} % of the test set"
-    if record.headline is MAP:
+    if record.headline is not TOP1:
         figure = f"{record.figures('test', beside=False)} on the test set"
     return f"{public(record.model)} on {record.data}: {figure}"

@@ -37,7 +37,7 @@ def plot_curves(path: Path, rows: list[EpochRow], record: Record) -> None:
     marker = "o" if len(rows) == 1 else None
     series = (("Loss", "loss"), (f"{headline.words} (%)", f"{headline.key}_percent"))
     # With a teacher, first epochs may train single layers, whose errors are another quantity.
-    aligned = sum(row.train_top1_percent is None for row in rows) if record.teacher else 0
+    aligned = sum(row.right_percent is None for row in rows) if record.teacher else 0
     for axes, (label, name) in zip(panels, series, strict=True):
         train, val = (
             [getattr(r, f"{part}_{name}", None) for r in rows] for part in ("train", "val")

@@ -1,5 +1,6 @@
-"""The figure that a run is judged by: top-1, or with several classes an image, mAP.
+"""The figure that a run is judged by: top-1, mAP, or the share of answers that are the teacher's.
 
+The first is for one class an image, the second for several, the third for images without labels.
 Records, rows of results.csv and all that shows them find its fields and its names here.
 """
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MAP", "TOP1", "Headline", "headline_of"]
+__all__ = ["AGREEMENT", "HEADLINES", "MAP", "TOP1", "Headline", "headline_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,7 @@ class Headline:
         words: Its name in full, as a metric of the Hub's.
         metric: What the Hub calls it.
         beside: Names of further figures, by key.
+        counted: Whether it is a share of the images, which has an interval.
     """
 
     key: str
@@ -27,13 +29,15 @@ class Headline:
     words: str
     metric: str
     beside: Mapping[str, str]
+    counted: bool = True
 
     def of(self, figures: Any, split: str) -> Any:
         """The figure of a record or row; None if it was not measured."""
-        return getattr(figures, f"{split}_{self.key}_percent", None)  # rows have no test
+        # Rows have no test, and records no train.
+        return getattr(figures, f"{split}_{self.key}_percent", None)
 
     def interval_of(self, record: Any, split: str) -> Any:
-        """Its 95 % interval in a record, a pair; mAP has none."""
+        """Its 95 % interval in a record, a pair; None if it has none."""
         return getattr(record, f"{split}_{self.key}_interval_percent", None)
 
     def beside_of(self, record: Any, split: str) -> dict[str, float]:
@@ -46,9 +50,16 @@ TOP1 = Headline("top1", "top-1", "Top-1 accuracy", "accuracy", {"top5": "top-5"}
 MAP = Headline(
     *("map", "mAP", "Mean average precision", "mean_average_precision"),
     {"f1_micro": "F1 micro", "f1_macro": "F1 macro"},
+    counted=False,
 )
+AGREEMENT = Headline("agreement", "agreement", "Agreement with the teacher", "agreement", {})
+# With labels, agreement may stand beside top-1.
+HEADLINES = (TOP1, MAP, AGREEMENT)
 
 
 def headline_of(figures: Any) -> Headline:
     """Which figure a record or a row of results.csv has."""
-    return MAP if any(MAP.of(figures, split) is not None for split in ("val", "test")) else TOP1
+    for headline in HEADLINES:
+        if any(headline.of(figures, split) is not None for split in ("test", "val", "train")):
+            return headline
+    return TOP1

@@ -10,10 +10,11 @@ from timm_xformers.files.atomic import write_text
 
 __all__ = ["EpochRow", "read_history", "write_history"]
 
-# Of one class an image, and of several: what is empty in all rows of a kind has no columns.
+# Of one class an image, of several, and of none: what is empty in all rows has no columns.
 KINDS = (
     ("train_top1_percent", "val_top1_percent", "val_top5_percent"),
     ("val_map_percent", "val_f1_micro_percent", "val_f1_macro_percent"),
+    ("train_agreement_percent", "val_agreement_percent"),
 )
 
 
@@ -28,7 +29,8 @@ class EpochRow:
             model with a teacher, the loss against that.
         train_top1_percent: Accuracy on them, before each update; empty where single layers were
             aligned with a teacher's.
-        val_loss: Cross-entropy on the validation images.
+        val_loss: Cross-entropy on the validation images; without labels, Kullback-Leibler
+            divergence from the teacher.
         val_top1_percent: Accuracy on them.
         val_top5_percent: The same, five guesses allowed.
         train_seconds: Wall time of the training part.
@@ -39,6 +41,9 @@ class EpochRow:
             top1 and top5, whose columns such a file has not, as others have not these.
         val_f1_micro_percent: F1 of all marks.
         val_f1_macro_percent: Mean over classes of F1.
+        train_agreement_percent: Without labels, in the place of top1: images that got the teacher's
+            class.
+        val_agreement_percent: The same of the validation images.
     """
 
     epoch: int
@@ -55,6 +60,14 @@ class EpochRow:
     val_map_percent: float | None = None
     val_f1_micro_percent: float | None = None
     val_f1_macro_percent: float | None = None
+    train_agreement_percent: float | None = None
+    val_agreement_percent: float | None = None
+
+    @property
+    def right_percent(self) -> float | None:
+        """Right answers in training, by labels or teacher; None while layers are aligned."""
+        by_teacher = self.train_agreement_percent
+        return by_teacher if self.train_top1_percent is None else self.train_top1_percent
 
 
 def write_history(path: Path, rows: list[EpochRow]) -> None:

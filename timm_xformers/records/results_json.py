@@ -60,8 +60,10 @@ class Record:
             the average precision.
         val_f1_micro_percent: F1 of all marks from a probability of 0.5.
         val_f1_macro_percent: Mean over classes of F1.
-        val_loss: Mean cross-entropy.
+        val_loss: Mean cross-entropy; without labels, mean Kullback-Leibler divergence from the
+            teacher.
         val_agreement_percent: Images whose best class is the teacher's.
+        val_agreement_interval_percent: Without labels, its 95 % Wilson interval.
         val_teacher_top1_percent: The teacher's accuracy on them.
         test_images: Images of the test split, likewise below.
         skipped_images: Unreadable images left out of the splits in use.
@@ -107,6 +109,7 @@ class Record:
     val_f1_macro_percent: float | None = None
     val_loss: float | None = None
     val_agreement_percent: float | None = None
+    val_agreement_interval_percent: list[float] | None = None
     val_teacher_top1_percent: float | None = None
     test_images: int | None = None
     test_top1_percent: float | None = None
@@ -117,6 +120,7 @@ class Record:
     test_f1_macro_percent: float | None = None
     test_loss: float | None = None
     test_agreement_percent: float | None = None
+    test_agreement_interval_percent: list[float] | None = None
     test_teacher_top1_percent: float | None = None
     skipped_images: int | None = None
     data_notes: list[str] | None = None
@@ -192,9 +196,10 @@ def split_fields(split: str, metrics: "AnyMetrics") -> dict[str, Any]:
     fields: dict[str, Any] = {
         f"{split}_{name}_percent": round(percent, 4) for name, percent in metrics.percents.items()
     }
-    if (right := getattr(metrics, "top1", None)) is not None:  # a share, of which much is known
-        ends = wilson_interval(right, metrics.images)
-        fields[f"{split}_top1_interval_percent"] = [round(100 * end, 2) for end in ends]
+    if metrics.headline.counted:
+        ends = wilson_interval(int(metrics.score), metrics.images)
+        key = metrics.headline.key
+        fields[f"{split}_{key}_interval_percent"] = [round(100 * end, 2) for end in ends]
     # Six digits are the same whatever the batch size; the rest is order of summation.
     loss = float(f"{metrics.loss:.5g}")
     return {f"{split}_images": metrics.images, f"{split}_loss": loss, **fields}

@@ -61,14 +61,14 @@ class EpochStats:
 
     Attributes:
         loss: Mean of the training loss.
-        top1_percent: Right answers on the augmented images, before each update; of two mixed
-            images, the heavier one counts. None where layers alone were trained, or images have
-            several classes.
+        right_percent: Right answers on the augmented images, before each update; of two mixed
+            images, the heavier one counts. Where there are no labels, the teacher's answer is
+            right. None where layers alone were trained, or images have several classes.
         seconds: Like those below, as in `EpochSums`.
     """
 
     loss: float
-    top1_percent: float | None
+    right_percent: float | None
     seconds: float
     wait_seconds: float
     images: int
@@ -116,6 +116,7 @@ class Trainer:
     teacher: Teacher | None = None
     align_epochs: int = 0
     multi_label: bool = False
+    unlabelled: bool = False
     updates: int = 0
     cpu_seconds: float = 0.0
 
@@ -132,7 +133,7 @@ class Trainer:
         Args:
             data: Training images.
             epoch: Number of the epoch; decides the order.
-            on_progress: Told now and then: batches done, mean loss, accuracy in percent (None as
+            on_progress: Told now and then: batches done, mean loss, right answers in percent (as
                 in `EpochStats`) and images per second of the epoch so far.
             on_update: Called after every update but the last, with a function that gives the sums
                 so far. That is where an epoch can be left and continued.
@@ -182,10 +183,9 @@ class Trainer:
             now = time.perf_counter()
             if on_progress and now - reported > REPORT_SECONDS:
                 reported = now
-                mean_loss, top1_percent = watch.read()
+                mean_loss, right_percent = watch.read()
                 speed = sums.images * world_size / (now - start)
-                top1 = top1_percent if self.counting else None
-                on_progress(number + 1, mean_loss, top1, speed)
+                on_progress(number + 1, mean_loss, right_percent if self.counting else None, speed)
             if number - group == group_size - 1 and (self.spent or self.is_aligned(epoch)):
                 break
             if on_update and (number + 1) % self.grad_accum_steps == 0 and number + 1 < len(order):
@@ -196,7 +196,7 @@ class Trainer:
         ).tolist()
         return EpochStats(
             loss=loss / passes,
-            top1_percent=100 * right / images_seen if self.counting else None,
+            right_percent=100 * right / images_seen if self.counting else None,
             seconds=sums.seconds,
             wait_seconds=sums.wait_seconds,
             images=int(images_seen),
@@ -261,6 +261,8 @@ class Trainer:
             targets: labels (B,), or marks or what mixup made of either, (B, classes).
         """
         accelerator = self.accelerator
+        if self.unlabelled:  # what is mixed must be a class, and is not read
+            labels = torch.zeros_like(labels)
         targets = labels
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
@@ -289,6 +291,8 @@ class Trainer:
             self.updates += 1
             if self.ema is not None:
                 self.ema.update(self.model, step=self.updates)
+        if self.unlabelled and self.teacher is not None and not self.aligning:
+            targets = self.teacher.answers
         return loss.detach(), None if logits is None else logits.detach(), targets
 
     def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:

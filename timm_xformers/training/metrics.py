@@ -14,14 +14,18 @@ from torch.nn import functional as F
 
 from timm_xformers.data.data import Batches
 from timm_xformers.data.sampling import eval_batches
-from timm_xformers.data.targets import are_marks
+from timm_xformers.data.targets import are_marks, are_unlabelled
+from timm_xformers.errors import UsageError
 from timm_xformers.files.tables import write_csv
 from timm_xformers.records.confusion import class_rows, plot_confusion, write_class_rows
-from timm_xformers.records.headline import MAP, TOP1
+from timm_xformers.records.headline import AGREEMENT, MAP, TOP1
 from timm_xformers.records.run_folder import RunFolder
 from timm_xformers.training.sharding import equal_turns, is_sharded
 
-__all__ = ["AnyMetrics", "MarkMetrics", "Metrics", "add_up", "evaluate_model", "write_classes"]
+__all__ = [
+    *("AgreementMetrics", "AnyMetrics", "MarkMetrics", "Metrics", "add_up", "evaluate_model"),
+    "write_classes",
+]
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,34 @@ class MarkMetrics:
         }
 
 
-AnyMetrics = Metrics | MarkMetrics
+@dataclass(frozen=True)
+class AgreementMetrics:
+    """Figures over one split whose images have no labels: how far a model is from its teacher.
+
+    Attributes:
+        loss: Mean Kullback-Leibler divergence from the teacher's classes, in nats.
+        agreed: Images whose best class is the teacher's.
+        images: Images seen.
+    """
+
+    loss: float
+    agreed: int
+    images: int
+
+    headline = AGREEMENT
+
+    @property
+    def score(self) -> float:
+        """What chooses the best epoch: the teacher's answers."""
+        return self.agreed
+
+    @property
+    def percents(self) -> dict[str, float]:
+        """Share of the images, as records call it."""
+        return {"agreement": 100 * self.agreed / self.images}
+
+
+AnyMetrics = Metrics | MarkMetrics | AgreementMetrics
 
 
 @torch.no_grad()
@@ -130,6 +161,9 @@ def evaluate_model(
         batch_size: Images per forward pass and process.
         accelerator: Devices and processes.
         teacher: Compared with the model image by image, if there is one.
+
+    Raises:
+        UsageError: The images have no labels, and there is no teacher to say what is right.
     """
     order = eval_batches(
         len(data),
@@ -148,11 +182,11 @@ def evaluate_model(
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64)
     seen: list[Tensor] = []
-    num_classes = 0
+    num_classes, unlabelled = 0, False
     for turn, (images, labels) in enumerate(data.batches(order)):
         with accelerator.autocast():
             logits = model(images).float()
-            taught = None if teacher is None else teacher(images).argmax(dim=-1)  # (B,)
+            wanted = None if teacher is None else teacher(images).float()
         if turn >= mine:  # computed because the others needed this process
             break
         num_classes = logits.shape[-1]
@@ -162,7 +196,17 @@ def evaluate_model(
             sums[3] += len(labels)
             seen.append(torch.stack([labels, logits]).cpu())  # (2, B, C)
             continue
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        taught = None if wanted is None else wanted.argmax(dim=-1)  # (B,)
+        if are_unlabelled(labels):
+            if wanted is None or taught is None:
+                raise UsageError(
+                    "The images have no labels, by which a model could be judged; name them by "
+                    "--labels FILE.csv, or put each class into a folder of its own."
+                )
+            labels, losses = taught, _divergences(logits, wanted)
+            unlabelled = True
+        else:
+            losses = F.cross_entropy(logits, labels, reduction="none")
         best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (B, 5)
         hits = best == labels[:, None]
         seen.append(torch.stack([labels, best[:, 0]]).cpu())  # (2, B)
@@ -181,6 +225,8 @@ def evaluate_model(
     cells = torch.cat([each for each in gathered if each is not None], dim=1)  # (2, images, ...)
     width = max(gather_object([num_classes]))
     images_seen = int(sums[3])
+    if any(gather_object([unlabelled])):
+        return AgreementMetrics(float(sums[0]) / images_seen, int(sums[4]), images_seen)
     if cells.dim() == 3:
         return measure_marks(float(sums[0]) / images_seen, *cells.double().numpy())
     return Metrics(
@@ -194,6 +240,12 @@ def evaluate_model(
         agreed=None if teacher is None else int(sums[4]),
         teacher_top1=None if teacher is None else int(sums[5]),
     )
+
+
+def _divergences(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from the teacher's classes, for each image (B,)."""
+    found, wanted = logits.log_softmax(-1), wanted.log_softmax(-1)
+    return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
 
 
 def measure_marks(loss: float, marks: NDArray[Any], logits: NDArray[Any]) -> MarkMetrics:
@@ -217,7 +269,9 @@ def measure_marks(loss: float, marks: NDArray[Any], logits: NDArray[Any]) -> Mar
 def write_classes(
     folder: RunFolder, metrics: AnyMetrics, class_names: Sequence[str], title: str
 ) -> None:
-    """Write per_class.csv and, where an image has one class, confusion.png."""
+    """Write per_class.csv and, where an image has one class, confusion.png; of labels alone."""
+    if isinstance(metrics, AgreementMetrics):
+        return
     if isinstance(metrics, Metrics):
         write_class_rows(folder.per_class, class_rows(metrics.confusion, class_names))
         plot_confusion(folder.confusion, metrics.confusion, class_names, title)

@@ -94,13 +94,13 @@ class RunLog:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def at(
-        self, step: int, epoch: str, loss: float, top1_percent: float | None, images_per_s: float
+        self, step: int, epoch: str, loss: float, right_percent: float | None, images_per_s: float
     ) -> None:
         """Move the bar to a step of the run; without one, say so once a minute, beside the log."""
         if not self.speaking or self.gone:
             return
-        top1 = "" if top1_percent is None else f"top-1 {top1_percent:.1f} %, "
-        figures = f"loss {loss:.3f}, {top1}{images_per_s:.0f} images/s"
+        right = "" if right_percent is None else f"right {right_percent:.1f} %, "
+        figures = f"loss {loss:.3f}, {right}{images_per_s:.0f} images/s"
         if not self.bar.disable:
             self.bar.set_description(epoch, refresh=False)
             self.bar.set_postfix_str(figures, refresh=False)
@@ -139,8 +139,9 @@ def headline(session: Session, root: Path) -> str:
 def epoch_line(row: EpochRow, recipe: Recipe, remaining: str) -> str:
     """How an epoch went."""
     text = f"epoch {row.epoch}/{recipe.epochs}  "
-    if row.train_top1_percent is not None:
-        text += f"loss {row.train_loss:.4f}  top-1 {row.train_top1_percent:.2f} %"
+    if row.right_percent is not None:
+        word = "agreement" if row.train_top1_percent is None else "top-1"
+        text += f"loss {row.train_loss:.4f}  {word} {row.right_percent:.2f} %"
     elif recipe.teacher is None:
         text += f"loss {row.train_loss:.4f}"
     else:

@@ -188,15 +188,24 @@ class Session:
         stats = self.trainer.train_epoch(train, epoch, on_progress, on_update, sums)
         if val is None or not validate:
             return stats, None
-        metrics = evaluate_model(
-            self.trainer.best_weights, val, self.recipe.batch_size, self.accelerator
-        )
+        metrics = self.evaluate(val)
         if not math.isfinite(metrics.loss):
             raise DivergedError(
                 f"The validation loss became {metrics.loss} after epoch {epoch}; lower lr or set "
                 "clip_grad=1. The best weights so far are kept."
             )
         return stats, metrics
+
+    def evaluate(self, images: Batches) -> AnyMetrics:
+        """Measure the weights that would be kept, by the labels, or without any by the teacher."""
+        teacher = self.trainer.teacher
+        return evaluate_model(
+            self.trainer.best_weights,
+            images,
+            self.recipe.batch_size,
+            self.accelerator,
+            teacher.model if teacher is not None and self.data.unlabelled else None,
+        )
 
     def batches(self, split: Split, *, training: bool = False) -> Batches:
         """Decode a split, or prepare to, for training (augmented) or evaluation."""
@@ -224,8 +233,15 @@ def open_session(recipe: Recipe, data: Data | None = None) -> Session:
         raise UsageError("epochs=0 trains nothing and is for replace alone; use at least 1.")
     _check_auto_augment(recipe.auto_augment)
     teacher = open_teacher(recipe)
+    if recipe.unlabelled and teacher is None:
+        raise UsageError(
+            "labels=none leaves nothing to learn but from a teacher; set teacher=NAME, as retrofit "
+            "does, or name a file of labels."
+        )
     # Before the process group: a stream opened after it would be cut by rank.
     data = data or open_data(recipe if teacher is None else teacher.sized(recipe))
+    if teacher is not None and data.unlabelled:
+        data = dataclasses.replace(data, class_names=teacher.class_names)
     accelerator = make_accelerator(recipe.mixed_precision, fsdp=recipe.fsdp)
     if recipe.num_processes not in (None, accelerator.num_processes):
         raise UsageError(
@@ -371,6 +387,7 @@ def _make_trainer(
         teacher=teacher,
         align_epochs=recipe.align_epochs,
         multi_label=data.multi_label,
+        unlabelled=data.unlabelled,
     )
     return preprocessing, model_args, replaced, trainer
 

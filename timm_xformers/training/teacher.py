@@ -50,6 +50,7 @@ class Teacher:
         num_classes: Width of its classifier.
         weights: Of the terms of the loss, by name (`Recipe.teacher_weights`).
         aligning: Whether the run is in its first part.
+        answers: The classes that it gave the last batch, (B,), in the second part.
         compiled: Compile the teacher too, in the second part.
     """
 
@@ -60,11 +61,19 @@ class Teacher:
     weights: dict[str, float]
     aligning: bool = False
     compiled: bool = False
+    answers: Tensor = field(default_factory=lambda: torch.empty(0), init=False)
     _pairs: list[tuple[nn.Module, nn.Module]] = field(default_factory=list, init=False)
     _calls: dict[nn.Module, tuple[Call, Tensor]] = field(default_factory=dict, init=False)
     _hooks: list[Any] = field(default_factory=list, init=False)
     _outputs: Any = field(default=None, init=False)
     _kept: "_SharedPatchDropout | None" = field(default=None, init=False)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label; empty if its weights name none."""
+        model: Any = self.model
+        names = tuple(model.pretrained_cfg.get("label_names") or ())
+        return names if len(names) == self.num_classes else ()
 
     def sized(self, recipe: Recipe) -> Recipe:
         """A recipe that opens the data as the teacher takes images, where it has no wish."""
@@ -72,6 +81,7 @@ class Teacher:
             recipe,
             img_size=recipe.img_size or self.preprocessing.img_size,
             in_chans=recipe.in_chans or self.preprocessing.in_chans,
+            num_classes=self.num_classes if recipe.unlabelled else recipe.num_classes,
         )
 
     def fit(self, recipe: Recipe, student: Preprocessing, num_classes: int) -> Preprocessing:
@@ -98,7 +108,8 @@ class Teacher:
             raise UsageError(
                 f"The teacher knows {self.num_classes} classes and the data has {num_classes}; "
                 "fine-tune the teacher on this data first (timm-xformers train --model "
-                f"{recipe.teacher}), or choose its --classes."
+                f"{recipe.teacher}), choose its --classes, or learn from the pictures alone by "
+                "--labels none."
             )
         return student if recipe.starts_pretrained else own
 
@@ -195,6 +206,7 @@ class Teacher:
                 return torch.stack(errors).mean(), None
             with torch.no_grad():
                 wanted_features, wanted_logits = self._outputs(images)
+                self.answers = wanted_logits.argmax(dim=-1)
             features, logits = wrapped(images)
         terms: dict[str, Callable[[], Tensor]] = {
             "features": lambda: relative_error(features, wanted_features),

@@ -89,6 +89,7 @@ class Trackers:
         values = {
             "train/loss": row.train_loss,
             "train/top1_percent": row.train_top1_percent,
+            "train/agreement_percent": row.train_agreement_percent,
             "train/lr": row.lr,
             "train/images_per_s": row.train_images / row.train_seconds,
             "val/loss": row.val_loss,

@@ -37,7 +37,7 @@ from timm_xformers.training.checkpoint import (
     save_last,
 )
 from timm_xformers.training.devices import emulation_note
-from timm_xformers.training.loop import EpochStats, EpochSums
+from timm_xformers.training.loop import EpochStats, EpochSums, Trainer
 from timm_xformers.training.metrics import AnyMetrics, evaluate_model, write_classes
 from timm_xformers.training.run_log import RunLog, epoch_line, headline, summary
 from timm_xformers.training.session import Session, open_session
@@ -285,7 +285,7 @@ class _Run:
                 best_loss=metrics.loss if metrics else math.inf,
             )
             self._keep()
-        return reached, _row(epoch, stats, metrics, trainer.optimizer.param_groups)
+        return reached, _row(epoch, stats, metrics, trainer)
 
     def _between_updates(self, so_far: Callable[[], EpochSums], request: StopRequest) -> None:
         """Save within an epoch, if it is time or a signal came.
@@ -456,15 +456,14 @@ def _better(metrics: AnyMetrics, progression: Progression) -> bool:
     return (metrics.score, -metrics.loss) > before
 
 
-def _row(
-    epoch: int, stats: EpochStats, metrics: AnyMetrics | None, groups: list[dict[str, Any]]
-) -> EpochRow:
+def _row(epoch: int, stats: EpochStats, metrics: AnyMetrics | None, trainer: Trainer) -> EpochRow:
     percents: dict[str, Any] = {"top1": None, "top5": None} | (metrics.percents if metrics else {})
     return EpochRow(
         epoch=epoch,
-        lr=max(float(group["lr"]) for group in groups),
+        lr=max(float(group["lr"]) for group in trainer.optimizer.param_groups),
         train_loss=stats.loss,
-        train_top1_percent=stats.top1_percent,
+        train_top1_percent=None if trainer.unlabelled else stats.right_percent,
+        train_agreement_percent=stats.right_percent if trainer.unlabelled else None,
         val_loss=metrics.loss if metrics else None,
         train_seconds=stats.seconds,
         train_images=stats.images,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from timm_xformers.files.tables import cell_text
 from timm_xformers.recipe import NO_INFLUENCE
 from timm_xformers.records.find_runs import Run
-from timm_xformers.records.headline import MAP, Headline
+from timm_xformers.records.headline import Headline
 from timm_xformers.records.results_json import Record
 
 __all__ = [
@@ -144,10 +144,10 @@ class Group:
         if kind not in (None, headline):
             return None
         values = self.values(f"{metric}_{headline.key}_percent")
-        if len(values) < 2 and headline is MAP:
+        if len(values) < 2 and not headline.counted:
             return Estimate(values[0], None, math.nan, math.nan, "none") if values else None
         if len(values) < 2:
-            intervals: Any = self.values(f"{metric}_top1_interval_percent")
+            intervals: Any = self.values(f"{metric}_{headline.key}_interval_percent")
             if not values or not intervals:
                 return None
             low, high = intervals[0]

@@ -13,7 +13,7 @@ from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import write_text
 from timm_xformers.files.tables import cell_text, column_table, figure, write_csv
 from timm_xformers.records.find_runs import Skipped, find_runs
-from timm_xformers.records.headline import MAP, TOP1, Headline
+from timm_xformers.records.headline import AGREEMENT, HEADLINES, MAP, TOP1, Headline
 from timm_xformers.studies.comparing.groups import (
     METRICS,
     SAME,
@@ -40,11 +40,13 @@ COLUMNS: dict[str, Callable[[Group], Any]] = {
     "runs (seeds)": lambda g: f"{len(g.runs)}" + (f" ({cell_text(g.seeds)})" if g.seeds else ""),
     "test top-1 %": lambda g: mean_text(g.score("test", TOP1)),
     "test mAP %": lambda g: mean_text(g.score("test", MAP)),
+    "test agreement %": lambda g: mean_text(g.score("test", AGREEMENT)),
     "95 %": lambda g: interval_text(g.score("test")),
     "test F1 micro %": lambda g: figure(g.mean("test_f1_micro_percent"), 2),
     "test F1 macro %": lambda g: figure(g.mean("test_f1_macro_percent"), 2),
     "validation top-1 %": lambda g: mean_text(g.score("val", TOP1)),
     "validation mAP %": lambda g: mean_text(g.score("val", MAP)),
+    "validation agreement %": lambda g: mean_text(g.score("val", AGREEMENT)),
     "95 % ": lambda g: interval_text(g.score("val")),
     "seconds": lambda g: figure(g.mean("seconds"), 1),
     "images/s": lambda g: figure(g.mean("images_per_s"), 0),
@@ -86,7 +88,7 @@ def report(
         raise UserError(f"There is no finished run to compare: {reasons}{more}.")
     groups = sort_groups(group_runs(runs), sort, metric)
     output.mkdir(parents=True, exist_ok=True)
-    kinds = [kind for kind in (TOP1, MAP) if any(g.record.headline is kind for g in groups)]
+    kinds = [kind for kind in HEADLINES if any(g.record.headline is kind for g in groups)]
     write_csv(output / "report.csv", [_group_row(group, kinds) for group in groups])
     write_csv(
         output / "runs.csv",
