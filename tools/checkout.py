@@ -69,11 +69,12 @@ class Checkout:
         return self.results / "notes.yaml"
 
     def studies(self) -> list[tuple[Path, Path]]:
-        """Folders of studies with records, and the page of each."""
-        folders = sorted(path.parent for path in self.results.glob("*/study.yaml"))
+        """Folders of studies with records, and the page of each: ``a/b`` has ``docs/a_b.md``."""
+        folders = sorted(path.parent for path in self.results.rglob("study.yaml"))
+        pages = ["_".join(folder.relative_to(self.results).parts) for folder in folders]
         return [
-            (folder, self.root / "docs" / f"{folder.name}.md")
-            for folder in folders
+            (folder, self.root / "docs" / f"{page}.md")
+            for folder, page in zip(folders, pages, strict=True)
             if (folder / "records").is_dir()
         ]
 

@@ -18,6 +18,7 @@ from scipy import stats
 
 from timm_xformers.cli import main
 from timm_xformers.errors import UsageError, UserError
+from timm_xformers.planning.catalog import build_empty
 from timm_xformers.records.find_runs import Run
 from timm_xformers.records.results_csv import EpochRow, write_history
 from timm_xformers.records.results_json import Record, wilson_interval
@@ -25,10 +26,12 @@ from timm_xformers.studies.comparing import report_plots
 from timm_xformers.studies.comparing.groups import Group, difference
 from timm_xformers.studies.running import costs as costs_module
 from timm_xformers.studies.running import matrix
+from timm_xformers.studies.running import plan as plan_module
 from timm_xformers.studies.running.definition import load_study
 from timm_xformers.studies.running.folder import StudyFolder
 from timm_xformers.studies.running.plan import plan_key, read_plan
 from timm_xformers.training.signals import Stopped
+from timm_xformers.training.stages import read_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = """
@@ -147,6 +150,15 @@ def test_runs_are_the_seeds_of_all_arms_in_turn(study):
         (", model_kwargs: {attn_layer: linformer_k64}", "", "exact and sketch are the same"),
         ("model_kwargs: {attn_layer: linformer_k64}", "model_kwargs: [1]", "is no mapping"),
         ("attn_layer: linformer_k64", "img_size: 8", "model_kwargs may not hold img_size"),
+        ("name: sketch,", "name: sketch, seeds: [],", r"seeds of sketch=\[\] does not fit"),
+        ("name: sketch,", "name: sketch, published: 55,", "published=55 of sketch does not fit"),
+        (
+            "name: sketch,",
+            "name: sketch, published: {percent: 155, what: x},",
+            "published=.* of sketch does not fit",
+        ),
+        ("title: Two ways", "base: no.yaml", "base='no.yaml' is no file"),
+        ("title: Two ways", "base: s.yaml", "its base s.yaml has a base of its own"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, old, new, words, capsys):
@@ -166,9 +178,65 @@ def test_several_data_sets_are_told_apart_and_need_their_folders(tmp_path, capsy
     assert "write NAME=FOLDER, with one of digits, mnist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/study.yaml")), ids=str)
-def test_committed_studies_can_be_read(path):
-    assert load_study(path).runs
+def test_arms_may_have_seeds_of_their_own(tmp_path):
+    text = FILE.replace("seeds: [0, 1, 2]", "seeds: [1]")
+    (tmp_path / "s.yaml").write_text(text.replace("name: sketch,", "name: sketch, seeds: [0, 1],"))
+    study = load_study(Path("s.yaml"))
+    assert [run.name for run in study.runs] == ["exact-s1", "sketch-s1", "sketch-s0"]
+    assert [run.name for run in plan_module._one_seed(study)] == ["exact-s1", "sketch-s1"]
+
+
+def test_a_study_over_another_changes_what_it_names(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "s.yaml").write_text("base: ../s.yaml\nrecipe: {epochs: 4}\n")
+    (tmp_path / "s.yaml").write_text(FILE)
+    here, there = load_study(Path("s.yaml")), load_study(Path("below/s.yaml"))
+    assert there.recipe == dataclasses.replace(here.recipe, epochs=4)
+    assert (there.arms, there.seeds, there.title) == (here.arms, here.seeds, here.title)
+    assert {run.key for run in here.runs}.isdisjoint(run.key for run in there.runs)
+
+
+COMMITTED = sorted(path.parent for path in (ROOT / "results").rglob("study.yaml"))
+# What a study at another budget may change: how long is trained, and what follows from that.
+BUDGET = {"epochs", "limit", "max_steps", "max_seconds", "stages", "warmup_epochs"}
+
+
+def label(folder):
+    return "_".join(folder.relative_to(ROOT / "results").parts)
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=label)
+def test_committed_studies_can_be_read(folder):
+    study = load_study(folder / "study.yaml")
+    assert study.runs
+    assert study.question
+    assert study.protocol or label(folder) == "digits_study"
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=label)
+def test_every_arm_of_a_committed_study_can_be_built_at_every_size(folder):
+    """And leaves out tokens only if it can."""
+    study = load_study(folder / "study.yaml")
+    for arm in study.arms:
+        for stage in read_stages(study.recipe, study.recipe.img_size):
+            kwargs = study.recipe.model_kwargs | arm.model_kwargs
+            if stage.patch_drop_rate:
+                kwargs |= {"patch_drop_rate": stage.patch_drop_rate}
+            assert build_empty(arm.model, stage.img_size or 32, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "folder", [f for f in COMMITTED if f.name not in ("gpu", "digits_study")], ids=label
+)
+def test_the_form_for_a_gpu_differs_in_budget_alone(folder):
+    here, there = (load_study(path / "study.yaml") for path in (folder, folder / "gpu"))
+    own, other = (dataclasses.asdict(study.recipe) for study in (here, there))
+    assert {name for name in own if own[name] != other[name]} <= BUDGET
+    assert own != other
+    words = {"source", "title", "protocol", "recipe", "runs"}
+    for field in dataclasses.fields(here):
+        if field.name not in words:
+            assert getattr(here, field.name) == getattr(there, field.name), field.name
 
 
 def test_study_1_is_the_one_that_was_frozen():
@@ -403,7 +471,10 @@ def check_page(text, table, records):
     by_arm = {}
     for record, arm in records:
         by_arm.setdefault(arm, {})[record["seed"]] = record
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"]
+    heads = next(cells for cells in lines if cells[0] == "arm")
+    gap = next(at for at, head in enumerate(heads) if head.startswith("above "))
+    rows = [cells for cells in lines if cells[0].startswith("`")]
     assert rows
     baseline = next(row[0].split("`")[1] for row in rows if "(baseline)" in row[0])
     for row, line in zip(rows, table, strict=True):
@@ -428,11 +499,11 @@ def check_page(text, table, records):
                 own[s]["test_top1_percent"] - by_arm[baseline][s]["test_top1_percent"]
                 for s in shared
             ]
-            assert row[4] == f"{np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1):.2f}"
+            assert row[gap] == f"{np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1):.2f}"
             low, high = stats.t.interval(
                 0.95, len(gaps) - 1, loc=np.mean(gaps), scale=stats.sem(gaps)
             )
-            assert row[5] == f"{low:+.2f} to {high:+.2f} *t*"
+            assert row[gap + 1] == f"{low:+.2f} to {high:+.2f} *t*"
         seconds = [own[seed]["cpu_seconds"] for seed in own]
         assert row[-1] == f"{np.mean(seconds):,.0f}"
 
@@ -463,25 +534,36 @@ def test_page_says_what_the_records_hold(study, complete, monkeypatch):
     assert Path("page.md").read_text() == text
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [path.parent for path in (ROOT / "results").glob("*/study.yaml")],
-    ids=lambda folder: folder.name,
-)
+@pytest.mark.parametrize("folder", COMMITTED, ids=label)
 def test_figures_of_committed_pages_are_those_of_their_records(folder):
+    page = label(folder)
     if not (folder / "records").is_dir():
-        assert not (ROOT / "docs" / f"{folder.name}.md").exists()
+        assert not (ROOT / "docs" / f"{page}.md").exists()
         return
     study = load_study(folder / "study.yaml")
     names = {run.key: run.arm for run in study.runs}
     read = [json.loads(path.read_text()) for path in folder.glob("records/*/results.json")]
     records = [(record, names[record["recipe_hash"], record["seed"]]) for record in read]
-    with (ROOT / "docs" / folder.name / "table.csv").open(newline="") as file:
+    with (ROOT / "docs" / page / "table.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    check_page((ROOT / "docs" / f"{folder.name}.md").read_text(), table, records)
-    text = (ROOT / "docs" / f"{folder.name}.md").read_text()
-    for picture in re.findall(rf"\]\({folder.name}/(\S+\.png)\)", text):
-        assert (ROOT / "docs" / folder.name / picture).is_file()
+    check_page((ROOT / "docs" / f"{page}.md").read_text(), table, records)
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    for picture in re.findall(rf"\]\({page}/(\S+\.png)\)", text):
+        assert (ROOT / "docs" / page / picture).is_file()
+
+
+def test_published_figures_have_a_column_and_are_called_landmarks(study, complete, no_pictures):
+    text = FILE.replace("name: sketch,", 'name: sketch, published: {percent: 91.5, what: "X, 9"},')
+    Path("study.yaml").write_text(text)
+    assert main(["study", "study.yaml", "--output", "out", "--report"]) == 0
+    page = Path("out/study.md").read_text()
+    heads, _, exact, sketch = (
+        line.strip("| ").split(" | ") for line in page.splitlines() if line[:1] == "|"
+    )
+    at = heads.index("published")
+    assert (exact[at], sketch[at]) == ("-", "91.50 (X, 9)")
+    assert "landmarks, not comparisons" in page
+    assert "Every figure above, but for those of others, is computed" in page
 
 
 def test_what_is_missing_is_shown_and_not_pooled(study, tmp_path, no_pictures):

@@ -11,6 +11,10 @@
     arms:
       - {name: softmax, model: vix_softmax}
       - {name: nystrom, model: vix_nystrom, model_kwargs: {attn_layer: nystrom_l64}}
+      - {name: f, model: vix_fnet, seeds: [0], published: {percent: 50, what: "9 epochs"}}
+
+``base: FILE`` names another study, from the folder of this one, that the file goes over, setting by
+setting within the recipe: the same comparison at another budget.
 
 A run is recognised by the hash of its recipe and its seed, so records stay bound to the file: what
 shapes a result cannot change without that the run is another one.
@@ -43,11 +47,15 @@ class Arm:
         name: For people and files.
         model: Name for timm.
         model_kwargs: Go over those of the recipe.
+        seeds: Of its runs.
+        published: What others reached: ``percent``, and ``what`` of, with its budget. {}: nothing.
     """
 
     name: str
     model: str
-    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model_kwargs: dict[str, Any]
+    seeds: list[int]
+    published: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Study:
         conclusions: Markdown, what people say of the figures.
         recipe: What all runs share.
         data: Names of data sets.
-        seeds: In the order of work.
+        seeds: Of the arms that name none of their own.
         baseline: Name of the arm that the others are compared with.
         arms: In the order of work.
         runs: All of them, in the order of work: the first seed of all arms, then the second.
@@ -118,8 +126,8 @@ def load_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise UsageError(f"There is no study {path}; name a YAML file of arms, seeds and a recipe.")
-    values = read_settings(path)
-    known = (*TEXTS, *NEEDED)
+    values = _over_base(read_settings(path), path)
+    known = ("base", *TEXTS, *NEEDED)
     for key in values:
         if key not in known:
             raise UsageError(
@@ -139,14 +147,21 @@ def load_study(path: Path) -> Study:
     data = values["data"]
     data = _distinct(data if isinstance(data, list) else [data], str, "data", "digits", path)
     seeds = _distinct(values["seeds"], int, "seeds", "[0, 1, 2]", path)
-    arms = _arms(values["arms"], path)
+    arms = _arms(values["arms"], seeds, path)
     names = [arm.name for arm in arms]
     if values["baseline"] not in names:
         raise UsageError(
             f"{path}: baseline={values['baseline']!r} is none of the arms"
             f"{nearest(str(values['baseline']), names)}; use one of {', '.join(names)}."
         )
-    runs = [_run(recipe, arm, name, seed, data) for seed in seeds for name in data for arm in arms]
+    every_seed = dict.fromkeys([*seeds, *(seed for arm in arms for seed in arm.seeds)])
+    runs = [
+        _run(recipe, arm, name, seed, data)
+        for seed in every_seed
+        for name in data
+        for arm in arms
+        if seed in arm.seeds
+    ]
     seen: dict[tuple[str, int], PlannedRun] = {}
     for run in runs:
         other = seen.setdefault(run.key, run)
@@ -164,6 +179,24 @@ def load_study(path: Path) -> Study:
         arms=arms,
         runs=runs,
     )
+
+
+def _over_base(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a file says, over what the study says that it names as its base."""
+    if "base" not in values:
+        return values
+    base = path.parent / str(values["base"])
+    if not base.is_file():
+        raise UsageError(
+            f"{path}: base={values['base']!r} is no file; name another study from {path.parent}."
+        )
+    below = read_settings(base)
+    if "base" in below:
+        raise UsageError(f"{path}: its base {base} has a base of its own; name that one.")
+    recipes = below.get("recipe", {}), values.get("recipe", {})
+    if all(isinstance(recipe, dict) for recipe in recipes):
+        values = {**values, "recipe": {**recipes[0], **recipes[1]}}
+    return {**below, **values}
 
 
 def _title(values: Mapping[str, Any], path: Path) -> str:
@@ -215,7 +248,7 @@ def _distinct(values: Any, kind: type, name: str, example: str, path: Path) -> l
     return values
 
 
-def _arms(values: Any, path: Path) -> list[Arm]:
+def _arms(values: Any, seeds: list[int], path: Path) -> list[Arm]:
     if not isinstance(values, list) or not values:
         raise UsageError(f"{path}: arms is no list; write lines '- {{name: a, model: NAME}}'.")
     arms: list[Arm] = []
@@ -229,8 +262,8 @@ def _arms(values: Any, path: Path) -> list[Arm]:
             if key not in known:
                 raise UsageError(
                     f"{path}: arm {number} has {key!r}; arms differ in model and model_kwargs "
-                    "alone. Settings belong to the recipe, and `timm-xformers select` compares "
-                    "recipes."
+                    f"alone (known are {', '.join(known)}). Settings belong to the recipe, and "
+                    "`timm-xformers select` compares recipes."
                 )
         name, kwargs = entry.get("name", entry["model"]), entry.get("model_kwargs", {})
         if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -244,8 +277,23 @@ def _arms(values: Any, path: Path) -> list[Arm]:
             )
         if name in [arm.name for arm in arms]:
             raise UsageError(f"{path}: two arms are called {name}; give each a name of its own.")
-        arms.append(Arm(name, entry["model"], kwargs))
+        own = _distinct(entry.get("seeds", seeds), int, f"seeds of {name}", "[0, 1, 2]", path)
+        published = _published(entry.get("published", {}), name, path)
+        arms.append(Arm(name, entry["model"], kwargs, own, published))
     return arms
+
+
+def _published(values: Any, name: str, path: Path) -> dict[str, Any]:
+    found = values if isinstance(values, dict) else {"": values}
+    percent, what = found.get("percent"), found.get("what")
+    number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
+    fits = found.keys() == {"percent", "what"} and isinstance(what, str) and number
+    if found and not (fits and 0 <= float(found["percent"]) <= 100):
+        raise UsageError(
+            f"{path}: published={values!r} of {name} does not fit; write {{percent: 55.67, what: "
+            '"ViT, 40 epochs"}.'
+        )
+    return found
 
 
 def _run(recipe: Recipe, arm: Arm, data: str, seed: int, sets: list[str]) -> PlannedRun:

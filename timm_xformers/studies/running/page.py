@@ -173,6 +173,11 @@ class _Page:
         lines = [
             f"- {len(study.arms)} arms x {len(study.seeds)} "
             f"seed{'s' if len(study.seeds) > 1 else ''} ({cell_text(study.seeds)})"
+            + "".join(
+                f", `{arm.name}` {cell_text(arm.seeds)}"
+                for arm in study.arms
+                if arm.seeds != study.seeds
+            )
             + (f" x {len(study.data)} data sets" if len(study.data) > 1 else "")
             + f", compared with `{study.baseline}`. Budget: {budget}."
         ]
@@ -209,6 +214,11 @@ class _Page:
             "points. In the plots a dashed line joins the arms that no other beats in both cost "
             "and mean accuracy (Pareto's front)."
         ]
+        if any(arm.published for arm in self.study.arms):
+            lines[0] += (
+                " Published figures are of others, at their own budget, geometry and choice of "
+                "epoch: landmarks, not comparisons."
+            )
         if not costs:
             return [*lines, "Speed and memory have not been measured."]
         for data, entry in costs["data"].items():
@@ -236,8 +246,10 @@ class _Page:
     def _provenance(self) -> list[str]:
         records = [run.record for group in self.groups for run in group.runs]
         costs = self.costs
+        published = any(arm.published for arm in self.study.arms)
+        others = ", but for those of others," if published else ""
         lines = [
-            f"Every figure above is computed from the records in `{self.root}/records`"
+            f"Every figure above{others} is computed from the records in `{self.root}/records`"
             + (f" and `{self.root}/costs.json`" if costs else "")
             + f". With all digits they are in [table.csv]({Path(self.page).stem}/table.csv). To "
             "make the page again, and to train what is missing:",
@@ -286,11 +298,18 @@ def _costs_of(
 
 def _table(study: Study, rows: Sequence[Row]) -> list[str]:
     metric, baseline = study.metric, study.baseline
+    published = {
+        arm.name: f"{arm.published['percent']:.2f} ({arm.published['what']})"
+        if arm.published
+        else ""
+        for arm in study.arms
+    }
     columns: dict[str, Callable[[Row], Any]] = {
         "arm": lambda row: f"`{row.arm}`" + (" (baseline)" if row.arm == baseline else ""),
         "seeds": _seeds,
         f"{METRICS[metric]} top-1 %": lambda row: mean_text(_top1(row, metric)) or "missing",
         "95 %": lambda row: interval_text(_top1(row, metric)),
+        "published": lambda row: published[row.arm],
         f"above `{baseline}`": lambda row: mean_text(row.gap, "+"),
         "95 % ": lambda row: interval_text(row.gap, "+"),
         "parameters": lambda row: figure(row.costs.get("params"), 0),

@@ -117,4 +117,8 @@ def plan_table(
 
 
 def _one_seed(study: Study) -> list[PlannedRun]:
-    return [run for run in study.runs if run.seed == study.seeds[0]]
+    """The first run of every arm on every data set."""
+    first: dict[tuple[str, str], PlannedRun] = {}
+    for run in study.runs:
+        first.setdefault((run.arm, run.data), run)
+    return list(first.values())
