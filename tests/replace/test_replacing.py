@@ -176,6 +176,24 @@ def test_compiles_and_exports(name):
     torch.testing.assert_close(program.module()(x), wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", ["nystrom_l16", "hedgehog", "performer_relu_m16_dwc"])
+def test_inductor_gives_values_and_gradients(mechanism):
+    model = VIT().float().train()
+    replace_attention(model, mechanism)
+    x = images(model).float()
+    wanted = model(x)
+    wanted.square().mean().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    found = torch.compile(model)(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    found.square().mean().backward()
+    for name, gradient in gradients.items():
+        off = (model.get_parameter(name).grad - gradient).norm()
+        assert off <= 1e-4 * gradient.norm() + 1e-7, name
+
+
 def test_hooks_stay():
     model = VIT()
     calls = []
