@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from timm_xformers.errors import UsageError
+from timm_xformers.planning.catalog import build_empty
 from timm_xformers.recipe import (
     Recipe,
     load_recipe,
@@ -105,6 +106,33 @@ def test_every_shipped_recipe_loads_and_says_what_it_costs():
         for word in ("Command:", "Hardware:", "Time:", "Expected"):
             assert word in head, f"{path.name} lacks {word}"
         assert "TODO" not in head, f"{path.name} has figures to fill in"
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "classes", "params"),
+    [
+        ("cifar100", 3, 100, 493_997),
+        ("tiny_imagenet", 3, 200, 506_897),
+        ("fashion_mnist", 1, 10, 280_783),
+        # Of a standard build of each geometry, as are those of the source.
+        ("vit_cifar10_256", 3, 10, 3_191_562),
+        ("vit_cifar10_768", 3, 4, 85_221_124),
+        ("mnist_nano", 1, 10, 1_530),
+        ("lra_image", 1, 10, 166_410),
+        ("lra_pathfinder", 1, 2, 165_890),
+    ],
+)
+def test_models_of_recipes_have_the_parameters_that_are_said(name, channels, classes, params):
+    """At every size that a stage trains at, but for the positions."""
+    recipe = load_recipe(name, {})
+    last = {"fashion_mnist": 28, "mnist_nano": 28}.get(name, 32)
+    for side in [*(stage["img_size"] for stage in recipe.stages), last]:
+        kwargs = {**recipe.model_kwargs, "in_chans": channels, "num_classes": classes}
+        model = build_empty(recipe.model, side, **kwargs)
+    assert sum(p.numel() for p in model.parameters()) == params
+    head = shipped_recipes()[name].read_text().split("\n\n")[0]
+    if "parameters" in head:
+        assert f"{params:,} parameters" in " ".join(head.replace("#", "").split())
 
 
 def test_digest_ignores_seed_and_paths_alone():

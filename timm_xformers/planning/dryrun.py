@@ -131,7 +131,8 @@ def dry_run(recipe: Recipe, reasons: Sequence[str] = ()) -> str:
     note = emulation_note(recipe.mixed_precision, session.accelerator.device)
     lines += [note] if note else []
     lines.append(
-        f"about {_clock(cost.seconds)} in all, from {MEASURED_STEPS} measured steps a stage"
+        f"about {_clock(cost.seconds)} in all, {_clock(cost.cpu_seconds)} of processor time, from "
+        f"{MEASURED_STEPS} measured steps a stage"
     )
     return dump_yaml(dataclasses.asdict(recipe)) + "".join(f"# {line}\n" for line in lines).rstrip(
         "\n"
