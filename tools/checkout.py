@@ -55,6 +55,16 @@ class Checkout:
         return self.root / "docs" / "results.md"
 
     @property
+    def speed_page(self) -> Path:
+        """How fast layers and models are."""
+        return self.root / "docs" / "speed.md"
+
+    @property
+    def speed(self) -> Path:
+        """What was measured for it, a folder for each part."""
+        return self.root / "docs" / "speed"
+
+    @property
     def retrofit_page(self) -> Path:
         """What replaced attention keeps of a teacher's accuracy."""
         return self.root / "docs" / "retrofit_study.md"

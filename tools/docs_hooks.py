@@ -27,8 +27,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put files and the list of recipes in; point links to cards at the site's copies."""
-    if page.file.src_uri.startswith("speed/"):
-        page.meta["search"] = {"exclude": True}  # long tables of figures
     if page.file.src_uri == "changes.md":
         return markdown.replace("](docs/", "](")
     markdown = re.sub(r"<!-- file: (\S+\.py) -->", _python_file, markdown)

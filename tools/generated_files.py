@@ -20,11 +20,12 @@ from tools.checkout import Checkout
 from tools.readme_table import readme_table
 from tools.result_tables import results_table, source_sentence
 from tools.retrofit_page import read_evidence, retrofit_tables
+from tools.speed_page import speed_blocks
 
 __all__ = ["package_cards", "stale_files", "write_generated"]
 
 BLOCK = re.compile(
-    r"(<!-- (results|readme|retrofit \w+) -->\n).*?(?=<!-- /\2 -->)", flags=re.DOTALL
+    r"(<!-- (results|readme|retrofit \w+|speed \w+) -->\n).*?(?=<!-- /\2 -->)", flags=re.DOTALL
 )
 # The table of models, below the command that prints it.
 MODELS = re.compile(
@@ -57,6 +58,9 @@ def _pages(checkout: Checkout) -> dict[Path, str]:
     pages = [checkout.readme, checkout.results_page]
     if checkout.retrofits():
         pages.append(checkout.retrofit_page)
+    if checkout.speed_page.is_file():
+        tables |= speed_blocks(checkout.speed)
+        pages.append(checkout.speed_page)
     found = {
         path: BLOCK.sub(lambda found: found[1] + tables[found[2]], path.read_text(encoding="utf-8"))
         for path in pages

@@ -2,11 +2,11 @@
 
     python -m tools.readme_table
 
-draws docs/speed/tokens.png from docs/speed/readme/benchmark.csv; the table is written with the
-other generated files (`tools.write_cards`). notes.yaml beside the records says which runs it shows.
+draws docs/speed/tokens.png from docs/speed/readme; the table is written with the other generated
+files (`tools.write_cards`). notes.yaml beside the records says which runs it shows, and which
+folder of `tools.speed_page` their costs come from.
 """
 
-import csv
 import statistics
 import sys
 from pathlib import Path
@@ -17,6 +17,7 @@ from timm_xformers.files.tables import markdown_table
 from timm_xformers.records.results_json import Record
 from timm_xformers.weights import read_manifest
 from tools.checkout import Checkout, this_checkout
+from tools.speed_tables import Part, read_part
 
 __all__ = ["draw_tokens", "readme_table"]
 
@@ -37,7 +38,8 @@ def readme_table(checkout: Checkout) -> str:
     wanted = checkout.load_notes().get("readme")
     if wanted is None:
         return ""
-    costs = _costs(checkout.root / wanted["costs"]) if "costs" in wanted else {}
+    part = read_part(checkout.root / wanted["costs"]) if "costs" in wanted else Part([], [])
+    costs = _costs(part)
     cards = {
         (entry.model, entry.tag, entry.recipe_hash): name
         for name, entry in read_manifest(checkout.weights).items()
@@ -66,7 +68,7 @@ def readme_table(checkout: Checkout) -> str:
         )
     heads = ("model", "attention", "test top-1 %", "seeds", "images/s", "MiB")
     lines = markdown_table(heads, rows, "llrrrr")
-    return "\n".join([*lines, "", *_caption(wanted, records), ""])
+    return "\n".join([*lines, "", *_caption(wanted, records, part), ""])
 
 
 def _accuracy(runs: list[Record]) -> str:
@@ -78,7 +80,7 @@ def _accuracy(runs: list[Record]) -> str:
     return f"{tested[0]:.2f} ({low:.1f} to {high:.1f})"
 
 
-def _caption(wanted: dict[str, Any], records: list[Record]) -> list[str]:
+def _caption(wanted: dict[str, Any], records: list[Record], part: Part) -> list[str]:
     counts = {(record.model, record.recipe_hash) for record in records}
     single = len(records) == len(counts)
     spread = (
@@ -87,33 +89,39 @@ def _caption(wanted: dict[str, Any], records: list[Record]) -> list[str]:
         else "± is the standard deviation over seeds (n − 1)."
     )
     images = records[0].test_images
+    conditions = str(wanted["conditions"]).strip()
+    if part.origins:
+        hardware, versions = (part.origins[0][key] for key in ("hardware", "versions"))
+        conditions = conditions.format(cpu=hardware["cpu"], torch=versions["torch"])
     return [
         f"Data set {wanted['data']}, {images:,} test images, one recipe (`{wanted['recipe']}`).",
         spread,
-        *str(wanted["conditions"]).strip().splitlines(),
+        *conditions.splitlines(),
     ]
 
 
-def _costs(path: Path) -> dict[str, dict[str, str]]:
-    """Steady training steps of our models by processor time, the later setting of allocators."""
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = [
-            line
-            for line in csv.DictReader(file)
-            if (line["pass"], line["clock"], line["void"]) == ("train", "cpu", "False")
-        ]
-    return {line["contender"]: line for line in lines if not line["package"]}
+def _costs(part: Part) -> dict[str, dict[str, Any]]:
+    """Steady training steps of our models, with the allocator as `timm-xformers train` has it."""
+    wanted = ("", "train", "tuned", "False")
+    names = ("package", "pass", "allocator", "void")
+    return {
+        line["contender"]: dict(line)
+        for line in part.lines
+        if tuple(line[name] for name in names) == wanted
+    }
 
 
-def draw_tokens(checkout: Checkout) -> Path:
-    """Draw forward with backward against tokens, on the default allocator."""
-    folder = checkout.root / "docs" / "speed"
-    with (folder / "readme" / "benchmark.csv").open(encoding="utf-8", newline="") as file:
-        lines = [
-            line
-            for line in csv.DictReader(file)
-            if (line["pass"], line["clock"], line["allocator"]) == ("backward", "cpu", "default")
-        ]
+def draw_tokens(folder: Path) -> Path:
+    """Draw forward with backward against tokens, on the default allocator.
+
+    Args:
+        folder: Of the parts of `tools.speed_page`.
+    """
+    lines = [
+        line
+        for line in read_part(folder / "readme").lines
+        if (line["pass"], line["allocator"]) == ("backward", "default")
+    ]
     figure = new_figure(7, 5.6)
     axes = figure.subplots()
     for place, (layer, label) in enumerate(LAYERS.items()):
@@ -145,7 +153,7 @@ def draw_tokens(checkout: Checkout) -> Path:
 
 def main() -> int:
     """Draw the picture."""
-    print(draw_tokens(this_checkout()))
+    print(draw_tokens(this_checkout().speed))
     return 0
 
 

@@ -42,7 +42,7 @@ from timm_xformers.benchmarking.timing import HostStopwatch, run_rounds, warm_up
 from timm_xformers.cli import main
 from timm_xformers.files.tables import csv_text
 from timm_xformers.replace import attention_sites
-from tools.benchmark_summary import summary
+from tools.speed_tables import summary
 
 LAYER = Point(
     kind="layer",
@@ -189,8 +189,7 @@ def test_plan_has_peers_after_ours_and_the_baseline_first(tmp_path):
 def test_presets_are_settings_whose_contenders_fit(preset, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cases, "shared_memory", lambda *device: 1)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in PRESETS[preset].items()}
-    settings = cases.check(Settings(output=tmp_path, **values))
+    settings = cases.check(Settings(output=tmp_path, **PRESETS[preset]))
     assert cases.baseline_of(settings) in cases.contenders_of(settings)
     assert cases.points_of(settings)
 

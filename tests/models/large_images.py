@@ -86,19 +86,23 @@ def train_step(side, patch, batch, attention):
 
 
 def print_table(limit_mib, needs):
-    print("| image | patch | tokens | batch | attention | peak MiB |")
-    print("| ---: | ---: | ---: | ---: | --- | ---: |")
-    for side, patch, batch in IMAGES:
-        for attention in [UNFUSED, FUSED, *EFFICIENT]:
-            found = measure(side, patch, batch, attention, limit_mib)
-            if "peak_mib" in found:
-                peak = f"{found['peak_mib']:,}"
-            else:
-                peak = f"fails at {limit_mib:,}"
-                if needs:
-                    peak += f"; takes {measure(side, patch, batch, attention)['peak_mib']:,}"
-            tokens = f"{(side // patch) ** 2:,}"
-            print(f"| {side} | {patch} | {tokens} | {batch} | {attention} | {peak} |", flush=True)
+    heads = [
+        f"{side} pixels, patch {patch}: {(side // patch) ** 2:,} tokens, batch {batch}"
+        for side, patch, batch in IMAGES
+    ]
+    print(f"| attention | {' | '.join(heads)} |")
+    print(f"| --- |{' ---: |' * len(heads)}")
+    for attention in [UNFUSED, FUSED, *EFFICIENT]:
+        cells = [peak_of(case, attention, limit_mib, needs) for case in IMAGES]
+        print(f"| {attention} | {' | '.join(cells)} |", flush=True)
+
+
+def peak_of(case, attention, limit_mib, needs):
+    found = measure(*case, attention, limit_mib)
+    if "peak_mib" in found:
+        return f"{found['peak_mib']:,}"
+    takes = f"; takes {measure(*case, attention)['peak_mib']:,}" if needs else ""
+    return f"fails at {limit_mib:,}{takes}"
 
 
 if __name__ == "__main__":

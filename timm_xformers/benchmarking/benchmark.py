@@ -22,7 +22,7 @@ import timm_xformers
 from timm_xformers.benchmarking.cases import baseline_of, check, contenders_of, points_of
 from timm_xformers.benchmarking.compare import Row, Summary, rows_of
 from timm_xformers.benchmarking.layers import build_sized
-from timm_xformers.benchmarking.peers import PEERS
+from timm_xformers.benchmarking.peers import PEERS, installed
 from timm_xformers.benchmarking.plots import plot_benchmark
 from timm_xformers.benchmarking.settings import PASSES, Contender, Point, Settings
 from timm_xformers.benchmarking.tables import lines_of, markdown, timm_csv_text
@@ -58,6 +58,8 @@ class Benchmark:
         self.rows: list[Row] = []
         self.left_out: dict[str, dict[str, list[int]]] = {}
         self.origin = origin(torch.device(settings.device or "cpu"))
+        self.origin["versions"] |= installed({c.peer for c in self.contenders if c.peer})
+        self.origin["hardware"]["vectors"] = torch.backends.cpu.get_cpu_capability()
         output = settings.output
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             self._go_on()

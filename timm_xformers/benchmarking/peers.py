@@ -8,7 +8,8 @@ tests/benchmarking/test_benchmark_peers.py shows where the packages are installe
 import fnmatch
 import functools
 import importlib
-from collections.abc import Callable
+import importlib.metadata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from timm_xformers.layers.factory import ATTENTION
 
-__all__ = ["PEERS", "Dims", "Peer", "Unfit", "build_peer", "peers_of"]
+__all__ = ["PEERS", "Dims", "Peer", "Unfit", "build_peer", "installed", "peers_of"]
 
 
 class Unfit(ValueError):
@@ -326,6 +327,17 @@ PEERS = (
 def peers_of(name: str) -> list[Peer]:
     """Packages with a form of a named mechanism."""
     return [peer for peer in PEERS if fnmatch.fnmatchcase(name, peer.names)]
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are; ``timm-swin`` has none of its own."""
+    found = {}
+    for package in sorted(packages):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def build_peer(package: str, name: str, dims: Dims) -> nn.Module:

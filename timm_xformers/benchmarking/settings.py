@@ -46,15 +46,15 @@ SHAPES = {"S32": (128, 4, 32), "S64": (128, 4, 64), "B16": (384, 6, 64)}
 PRESETS: dict[str, dict[str, Any]] = {
     # The README's table and plots: both allocators, within ten minutes on two cores.
     "readme": {
-        "tokens": [64, 196, 256, 1024, 4096],
+        "tokens": (64, 196, 256, 1024, 4096),
         "batch_size": 2,
-        "allocators": ["default", "tuned"],
+        "allocators": ("default", "tuned"),
         "rounds": 7,
         "limit_seconds": 12.0,
     },
     # How time and memory grow, our own layers beside exact attention.
     "growth": {
-        "contenders": [
+        "contenders": (
             "performer_relu_m64",
             "performer_softmax_m32",
             "nystrom_l64_conv33",
@@ -62,30 +62,30 @@ PRESETS: dict[str, dict[str, Any]] = {
             "local1d_w256",
             "local2d_w8_shifted",
             "local2d_w8",
-        ],
-        "tokens": [1024, 4096, 16384],
+        ),
+        "tokens": (1024, 4096, 16384),
         "batch_size": 1,
         "limit_seconds": 20.0,
         "peers": False,
     },
     # Does it run at all, in a minute.
     "quick": {
-        "tokens": [64, 256, 1024],
+        "tokens": (64, 256, 1024),
         "batch_size": 2,
         "rounds": 3,
     },
     # Eager, compiled and fused against flash attention, within ten minutes on one GPU.
     "gpu": {
-        "contenders": ["performer_relu_m64", "performer_softmax_m64"],
+        "contenders": ("performer_relu_m64", "performer_softmax_m64"),
         "shape": "S64",
-        "tokens": [256, 1024, 4096],
+        "tokens": (256, 1024, 4096),
         "batch_size": 64,
-        "dtypes": ["bfloat16", "float32"],
-        "modes": ["eager", "compiled", "fused"],
+        "dtypes": ("bfloat16", "float32"),
+        "modes": ("eager", "compiled", "fused"),
         "device": "cuda",
         "limit_seconds": 12.0,
         "peers": False,
-        "memory_tokens": [1024],
+        "memory_tokens": (1024,),
     },
 }
 
