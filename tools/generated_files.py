@@ -102,15 +102,28 @@ def stale_files(checkout: Checkout) -> list[str]:
 
 
 def package_cards(checkout: Checkout) -> dict[str, str]:
-    """The card of every packaged weight, by name."""
+    """The card of every file of packaged weights, by name."""
     records = checkout.training_records()
+    manifest = read_manifest(checkout.weights)
     return {
-        name: write_card(_card(entry, records.get(entry.tag, []), checkout))
-        for name, entry in read_manifest(checkout.weights).items()
+        name: write_card(_card(entry, records.get(entry.tag, []), checkout, _namesakes(manifest)))
+        for name, entry in manifest.items()
+        if entry.card == name
     }
 
 
-def _card(entry: Weights, records: list[Record], checkout: Checkout) -> Card:
+def _namesakes(manifest: dict[str, Weights]) -> dict[str, list[str]]:
+    """Other tags that load a tag's file."""
+    found: dict[str, list[str]] = {}
+    for name, entry in manifest.items():
+        if entry.card != name:
+            found.setdefault(entry.card, []).append(f"`{name}`")
+    return found
+
+
+def _card(
+    entry: Weights, records: list[Record], checkout: Checkout, namesakes: dict[str, list[str]]
+) -> Card:
     wanted = entry.model, entry.recipe_hash, entry.seed
     trained = [
         record
@@ -135,6 +148,7 @@ def _card(entry: Weights, records: list[Record], checkout: Checkout) -> Card:
         command=command,
         license=entry.license,
         source=source_sentence(checkout.load_notes(), entry.model, entry.tag),
+        namesakes=" and ".join(namesakes.get(entry.name, [])),
         calibration=_calibration(checkout.load_calibration(entry.name)),
     )
 

@@ -63,7 +63,7 @@ def add_to_package(
         digest = sha256_of(file)
         if name in manifest and manifest[name].sha256 == digest:
             write_generated(checkout)  # a run that was cut short may have left it undone
-            return manifest[name], checkout.load_float16_record(name)
+            return manifest[name], checkout.load_float16_record(manifest[name].card)
         _refuse_change(name, manifest, checkout, replace)
         if file.stat().st_size > MAX_BYTES:
             raise UserError(
@@ -118,6 +118,12 @@ def _refuse_change(
         raise UserError(
             f"{name} has other weights, and published weights never change; give the new ones "
             "another model name, or publish them on the Hub."
+        )
+    others = [other for other, entry in manifest.items() if entry.card == name != other]
+    if others:
+        raise UserError(
+            f"{' and '.join(others)} load the file of {name} too; train these first, or take their "
+            "tags out of the manifest."
         )
     if not replace:
         old = manifest[name]

@@ -41,8 +41,8 @@ def readme_table(checkout: Checkout) -> str:
     part = read_part(checkout.root / wanted["costs"]) if "costs" in wanted else Part([], [])
     costs = _costs(part)
     cards = {
-        (entry.model, entry.tag, entry.recipe_hash): name
-        for name, entry in read_manifest(checkout.weights).items()
+        (entry.model, entry.tag, entry.recipe_hash): entry.card
+        for entry in read_manifest(checkout.weights).values()
     }
     rows, records = [], []
     for model, recipe_hash in wanted["rows"].items():

@@ -35,8 +35,8 @@ def results_table(checkout: Checkout) -> str:
     """Rows of runs that differ in seed only, by data set and in the order of the records."""
     notes = checkout.load_notes()
     cards = {
-        (entry.model, entry.tag, entry.recipe_hash): name
-        for name, entry in read_manifest(checkout.weights).items()
+        (entry.model, entry.tag, entry.recipe_hash): entry.card
+        for entry in read_manifest(checkout.weights).values()
     }
     rows: list[tuple[str, ...]] = []
     by_data = checkout.training_records()

@@ -19,7 +19,7 @@ from timm_xformers.publishing.finished_run import open_finished
 from timm_xformers.publishing.float16 import convert, write_float16
 from timm_xformers.recipe import Recipe
 from timm_xformers.records.results_json import Record
-from timm_xformers.weights import check_images, read_manifest
+from timm_xformers.weights import MANIFEST_FILE, check_images, read_manifest
 from tools import package_weights as package
 from tools.checkout import Checkout, this_checkout
 from tools.generated_files import stale_files, write_generated
@@ -222,6 +222,17 @@ def test_command_says_both_figures(finished_run, capsys):
     assert main(["convert", str(finished_run), "--to-package"]) == 2
 
 
+def test_a_file_that_other_tags_load_is_not_replaced(finished_run, checkout):
+    add_to_package(open_finished(finished_run), checkout)
+    path = checkout.weights / MANIFEST_FILE
+    entries = json.loads(path.read_text())
+    entries["vix_softmax.digits"] = entries[NAME]
+    entries[NAME] = {**entries[NAME], "sha256": "0" * 64}
+    path.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=f"vix_softmax.digits load the file of {NAME} too"):
+        add_to_package(open_finished(finished_run), checkout, replace=True)
+
+
 def test_stale_files_are_noticed(finished_run, checkout):
     entry, _ = add_to_package(open_finished(finished_run), checkout)
     rows = f"rows: {{vix_mnist_nano: {entry.recipe_hash}}}, mixes: {{vix_mnist_nano: exact}}"
@@ -249,7 +260,12 @@ def test_cards_of_this_checkout_are_valid_and_equal_the_records():
     entries = read_manifest(checkout.weights)
     assert entries
     for name, entry in entries.items():
-        text = checkout.card(name).read_text(encoding="utf-8")
+        text = checkout.card(entry.card).read_text(encoding="utf-8")
+        if entry.card != name:  # the same file under another name
+            assert f"`{name}`" in text
+            assert not checkout.card(name).exists()
+            assert entries[entry.card].sha256 == entry.sha256
+            continue
         head = head_of(text)
         assert head["license"] == entry.license
         assert (head["library_name"], head["pipeline_tag"]) == ("timm", "image-classification")
@@ -282,7 +298,8 @@ def test_evaluation_by_name_gives_the_published_figures(name):
         pytest.skip("TIMM_XFORMERS_DATA names no folder with the data sets")
     folder = None if tag == "digits" else str(Path(DATA_DIR) / tag)
     record = evaluate(Recipe(model=name, data=tag, data_dir=folder))
-    published = this_checkout().load_float16_record(name)
+    card = read_manifest()[name].card
+    published = this_checkout().load_float16_record(card)
     assert record.test_images == published.test_images
     assert record.test_top1_percent == published.test_top1_percent
     assert record.test_top5_percent == published.test_top5_percent

@@ -67,6 +67,15 @@ def test_timm_lists_exactly_what_is_here():
     assert sum(entry.bytes for entry in ENTRIES.values()) < WHEEL_BYTES
 
 
+def test_a_file_of_several_tags_is_of_models_that_say_the_same():
+    """On digits, windows of 64 tokens and of 8x8 pixels are all there is beside the class token."""
+    shared = {name: entry for name, entry in ENTRIES.items() if entry.card != name}
+    assert {*shared} == {"vix_local1d_w64.digits", "vix_local2d_w8.digits"}
+    for entry in shared.values():
+        assert entry.logits == ENTRIES[entry.card].logits
+        assert entry.sha256 == ENTRIES[entry.card].sha256
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_as_they_were_written(name):
     entry = ENTRIES[name]

@@ -40,6 +40,7 @@ class Card:
         source: A sentence with a published figure to compare with; empty if there is none.
         curves: Image of the run's curves beside the card; empty if there is none.
         calibration: How far the probabilities are to be believed.
+        namesakes: In Markdown, other names that load the same file; empty if there is none.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Card:
     source: str = ""
     curves: str = ""
     calibration: str = "The probabilities were not calibrated."
+    namesakes: str = ""
 
 
 def write_card(card: Card) -> str:

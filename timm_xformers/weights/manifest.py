@@ -34,7 +34,8 @@ class Weights:
 
     Attributes:
         name: ``MODEL.TAG``; the tag is the data set that trained it.
-        file: The float16 safetensors beside the manifest.
+        file: The float16 safetensors beside the manifest. Tags of models that are the same function
+            on their images have the same.
         bytes: Size of the file.
         sha256: Its hash.
         license: Of the weights, as an SPDX name.
@@ -83,6 +84,11 @@ class Weights:
     def tag(self) -> str:
         """Name of the data set."""
         return self.name.partition(".")[2]
+
+    @property
+    def card(self) -> str:
+        """The tag that the file is called by, which has the card and the record of its test."""
+        return self.file.removesuffix(".safetensors")
 
     @property
     def path(self) -> Path:
