@@ -46,8 +46,8 @@ MECHANISMS = (
     "local2d_w8_shifted",
 )
 BOTH = {"allocators": ("default", "tuned"), "memory": False}
-# Part of the page -> settings of its benchmarks. Together 27 minutes of a core with AVX2; the last
-# part takes two, for the most part in tables of 64 sequences.
+# Part of the page -> settings of its benchmarks, the most wanted first. All take some 27 minutes of
+# a quiet core with AVX2: 7, 7, 6, 1, 4 and 3.
 PARTS: dict[str, tuple[dict[str, Any], ...]] = {
     "readme": (PRESETS["readme"],),
     "models": (
