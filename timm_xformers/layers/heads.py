@@ -347,8 +347,9 @@ class HeadsAttention(nn.Module):
         Returns:
             (B, N, dim_out).
         """
-        q, k, v = self.project(x)
-        return self.finish(x, self.mix_tokens(q, k, v, attn_mask, is_causal))
+        # No name holds queries, keys and values: the output projection may have their memory.
+        mixed = self.mix_tokens(*self.project(x), attn_mask, is_causal)
+        return self.finish(x, mixed)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Mixed tokens (B, N, H * D) and the layer's input (B, N, C) to its output."""

@@ -18,9 +18,23 @@ from torch.nn import functional as F
 
 from timm_xformers.layers.heads import HeadsAttention, attend, is_open
 from timm_xformers.layers.layout import check_grid
-from timm_xformers.layers.windows import cut_map, cut_side, join_map, pick_pairs, side_by_side, take
+from timm_xformers.layers.windows import (
+    Run,
+    as_tokens,
+    cut_map,
+    cut_side,
+    join_map,
+    pick_pairs,
+    pieces,
+    side_by_side,
+    take,
+)
 
 __all__ = ["Local1dAttention", "Local2dAttention", "local_attention"]
+
+# Numbers of queries, keys and values that are cut at once for each thread, eight windows of 8 x 8 in
+# four heads of 32. Between half and twice as many are about as fast; all at once is slower.
+PIECE = 3 << 16
 
 
 def local_attention(
@@ -78,25 +92,21 @@ def local_attention(
             return _with_prefix(x, q, k, v, P, attn_mask, is_causal, dropout_p)
     row_runs = cut_side(rows, window_size[0], shift_size[0], neighbours)
     col_runs = cut_side(cols, window_size[1], shift_size[1], neighbours)
-    qs: list[Tensor] = []
+    shared = neighbours or P > 0  # a key belongs to several windows
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if not (shared or is_causal or attn_mask is not None):
+            joint = side_by_side(q, k, v)
+            if joint is not None:
+                x = _in_pieces(_grid(joint, 0, grid_size), row_runs, col_runs, dropout_p)
+                return x.flatten(1, 2).transpose(1, 2)
+    qs = cut_map(_grid(q, P, grid_size), row_runs, col_runs, False)
     ks: list[Tensor] = []
     vs: list[Tensor] = []
     q_ids: list[Tensor] = []
     k_ids: list[Tensor] = []
-    shared = neighbours or P > 0  # a key belongs to several windows
-    joint: Tensor | None = None
-    if not torch.jit.is_scripting():
-        joint = None if shared else side_by_side(q, k, v)
-    if joint is not None:
-        for part in cut_map(_grid(joint, 0, grid_size), row_runs, col_runs, False):
-            qs.append(part[:, :H])
-            ks.append(part[:, H : 2 * H])
-            vs.append(part[:, 2 * H :])
-    else:
-        qs = cut_map(_grid(q, P, grid_size), row_runs, col_runs, False)
-        if not shared:
-            ks = cut_map(_grid(k, 0, grid_size), row_runs, col_runs, False)
-            vs = cut_map(_grid(v, 0, grid_size), row_runs, col_runs, False)
+    if not shared:
+        ks = cut_map(_grid(k, 0, grid_size), row_runs, col_runs, False)
+        vs = cut_map(_grid(v, 0, grid_size), row_runs, col_runs, False)
     if shared or is_causal or attn_mask is not None:  # numbers of tokens, cut as tokens are
         ids = torch.arange(N, device=q.device)
         cells = ids[P:].reshape(1, rows, cols, 1, 1)
@@ -114,6 +124,27 @@ def local_attention(
         qs[i] = attend(qs[i], keys, values, mask, dropout_p)
     x = join_map(qs, row_runs, col_runs).reshape(-1, N - P, H, v.shape[-1]).transpose(1, 2)
     return _with_prefix(x, q, k, v, P, attn_mask, is_causal, dropout_p)
+
+
+@torch.jit.unused
+def _in_pieces(joint: Tensor, rows: list[Run], cols: list[Run], dropout_p: float) -> Tensor:
+    """Queries, keys and values (B, rows, columns, 3 * H, D) mixed: (B, rows, columns, H, D).
+
+    A copy of a few windows is still in the cache when it is read, one of all windows is not. For
+    want of a gradient the results can be written to their places.
+    """
+    heads, D = joint.shape[3:]
+    out = joint.new_empty(*joint.shape[:3], heads // 3, D)
+    most = PIECE * torch.get_num_threads() // (heads * D)
+    cut = pieces(joint, rows, cols, most)
+    for block, place in zip(cut, pieces(out, rows, cols, most), strict=True):
+        # Nothing is kept by a name: its memory, still in the cache, is the next piece's.
+        place.copy_(
+            attend(*as_tokens(block).chunk(3, dim=1), None, dropout_p)
+            .transpose(1, 2)
+            .reshape(place.shape)
+        )
+    return out
 
 
 def _with_prefix(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Run", "cut_map", "cut_side", "join_map", "merge", "partition", "pick_pairs"]
-__all__ += ["side_by_side", "take", "window_mask"]
+__all__ = ["Run", "as_tokens", "cut_map", "cut_side", "join_map", "merge", "partition"]
+__all__ += ["pick_pairs", "pieces", "side_by_side", "take", "window_mask"]
 
 # Like windows in a row along one side: how many, start and length of the first one's queries, start
 # and length of its keys. Each of the others lies one length of queries further on.
@@ -69,6 +69,22 @@ def _cut(x: Tensor, axis: int, runs: list[Run], keys: bool) -> list[Tensor]:
     return parts
 
 
+def _blocks(x: Tensor, rows: list[Run], cols: list[Run], keys: bool) -> list[Tensor]:
+    """A map as (B, windows down, windows across, wh, ww, H, D), one tensor per pair of runs."""
+    blocks: list[Tensor] = []
+    for band in _cut(x, 1, rows, keys):
+        for block in _cut(band, 3, cols, keys):
+            blocks.append(block.transpose(2, 3))
+    return blocks
+
+
+def as_tokens(block: Tensor) -> Tensor:
+    """Windows (..., wh, ww, H, D) as (windows, H, wh * ww, D)."""
+    wh, ww, H, D = block.shape[-4], block.shape[-3], block.shape[-2], block.shape[-1]
+    # A token's heads lie side by side in a joint projection: one piece to copy.
+    return block.reshape(-1, wh * ww, H, D).transpose(1, 2)
+
+
 def cut_map(x: Tensor, rows: list[Run], cols: list[Run], keys: bool) -> list[Tensor]:
     """Cut a map into windows.
 
@@ -81,14 +97,7 @@ def cut_map(x: Tensor, rows: list[Run], cols: list[Run], keys: bool) -> list[Ten
     Returns:
         One tensor (B * windows, H, tokens, D) per pair of runs, row by row.
     """
-    parts: list[Tensor] = []
-    for band in _cut(x, 1, rows, keys):
-        for block in _cut(band, 3, cols, keys):
-            wh, ww, H, D = block.shape[2], block.shape[4], block.shape[5], block.shape[6]
-            # A token's heads lie side by side in a joint projection: one piece to copy.
-            block = block.transpose(2, 3).reshape(-1, wh * ww, H, D)
-            parts.append(block.transpose(1, 2))
-    return parts
+    return [as_tokens(block) for block in _blocks(x, rows, cols, keys)]
 
 
 def join_map(parts: list[Tensor], rows: list[Run], cols: list[Run]) -> Tensor:
@@ -139,6 +148,25 @@ def side_by_side(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     if others != [start + step, start + 2 * step]:
         return None
     return q.as_strided((B, 3 * H, N, D), strides)
+
+
+def pieces(x: Tensor, rows: list[Run], cols: list[Run], num_tokens: int) -> list[Tensor]:
+    """Cut a map (B, rows, columns, H, D) into windows, a few at a time and without a copy.
+
+    Returns:
+        Views (b, down, across, wh, ww, H, D) of at most ``num_tokens`` tokens, or of one window.
+    """
+    found: list[Tensor] = []
+    for block in _blocks(x, rows, cols, False):
+        B, nh, nw, wh, ww = block.shape[:5]
+        across = max(1, num_tokens // (wh * ww))
+        down = max(1, across // nw)
+        images = max(1, down // nh)
+        for b in range(0, B, images):
+            for i in range(0, nh, down):
+                for j in range(0, nw, across):
+                    found.append(block[b : b + images, i : i + down, j : j + across])
+    return found
 
 
 def take(x: Tensor, ids: Tensor) -> Tensor:

@@ -72,8 +72,11 @@ def blocked_performer(
     Returns:
         (B, H, N, E) in the type of ``v``.
     """
-    out: Tensor = _Blocked.apply(q, k, v, omega, kernel, plain)[0]
-    return out
+    if torch.is_grad_enabled():
+        out: Tensor = _Blocked.apply(q, k, v, omega, kernel, plain)[0]
+        return out
+    found = _mix_blocks(q, k, v, omega, kernel)
+    return _join([mixed[:1] for mixed in found], q)[0].to(v.dtype)
 
 
 def image_by_image(
@@ -117,11 +120,7 @@ class _Blocked(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str, plain: Plain
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast("cpu", enabled=False):  # it would sum features in half precision
-            found = [
-                _mix(_flat(q[at]), _flat(k[at]), _flat(v[at]), omega, kernel) for at in _blocks(q)
-            ]
-        out, state, norm = _join(found, q)
+        out, state, norm = _join(_mix_blocks(q, k, v, omega, kernel), q)
         # Sums of features outgrow float16: the other two keep the type of the features.
         return out.to(v.dtype), state, norm
 
@@ -231,15 +230,23 @@ def _flat(x: Tensor) -> Tensor:
 
 
 # Nothing below changes a tensor that an operation returned: selective checkpointing may keep it.
-def positive_features(y: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """phi(y), and the tensor from which its slope is found."""
+def _features(x: Tensor, omega: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """phi(y) of y = x omega^T, (h, N, m), and the tensor from which its slope is found."""
+    # A batched product reads slices of a joint projection in place.
+    x, turned = x.to(omega.dtype), omega.T.expand(x.shape[0], -1, -1)
+    if kernel == "relu":
+        # The constant rides on the product: relu(y) + eps = max(y + eps, eps).
+        eps = omega.new_full((1, 1, 1), FEATURE_EPS)
+        phi = torch.baddbmm(eps, x, turned).clamp_min(FEATURE_EPS)
+        return phi, phi
+    y = torch.bmm(x, turned)
     if kernel == "gelu":
         return F.gelu(y) + (0.17 + FEATURE_EPS), y
-    phi = y.clamp_min(0) + FEATURE_EPS if kernel == "relu" else F.elu(y) + (1 + FEATURE_EPS)
+    phi = F.elu(y) + (1 + FEATURE_EPS)
     return phi, phi
 
 
-def positive_slope(grad: Tensor, known: Tensor, kernel: str) -> Tensor:
+def _slope(grad: Tensor, known: Tensor, kernel: str) -> Tensor:
     """Gradient of y from that of phi(y)."""
     if kernel == "gelu":
         found: Tensor = torch.ops.aten.gelu_backward(grad, known)
@@ -250,21 +257,26 @@ def positive_slope(grad: Tensor, known: Tensor, kernel: str) -> Tensor:
     return found
 
 
-def _project(x: Tensor, omega: Tensor) -> Tensor:
-    """(h, N, D) to (h, N, m). A batched product reads slices of a joint projection in place."""
-    return torch.bmm(x.to(omega.dtype), omega.T.expand(x.shape[0], -1, -1))
+def _mix_blocks(
+    q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`_mix` of all blocks."""
+    with torch.autocast("cpu", enabled=False):  # it would sum features in half precision
+        return [_mix(_flat(q[at]), _flat(k[at]), _flat(v[at]), omega, kernel) for at in _blocks(q)]
 
 
 def _mix(
     q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mixed values (h, N, E), the state (h, m, E), and the normaliser of each query (h, N, 1)."""
-    phi_k, _ = positive_features(_project(k, omega), kernel)
-    state = torch.bmm(phi_k.transpose(1, 2), v.to(omega.dtype))
-    total = phi_k.sum(dim=1).unsqueeze(-1)  # (h, m, 1)
-    phi_q, _ = positive_features(_project(q, omega), kernel)
-    norm = torch.bmm(phi_q, total)
-    return torch.bmm(phi_q, state) / norm, state, norm
+    phi = _features(k, omega, kernel)[0]
+    total = phi.sum(dim=1).unsqueeze(-1)  # (h, m, 1)
+    # Queries meet the sum of keys as one more column of the state, not in a product of its own.
+    state = torch.cat([torch.bmm(phi.transpose(1, 2), v.to(omega.dtype)), total], dim=-1)
+    del phi  # its memory, still in the cache, is that of the queries' features
+    mixed = torch.bmm(_features(q, omega, kernel)[0], state)
+    norm = mixed[..., -1:]
+    return mixed[..., :-1] / norm, state[..., :-1], norm
 
 
 def _mix_backward(
@@ -278,8 +290,8 @@ def _mix_backward(
     state: Tensor,
     norm: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    phi_k, slope_k = positive_features(_project(k, omega), kernel)
-    phi_q, slope_q = positive_features(_project(q, omega), kernel)
+    phi_k, slope_k = _features(k, omega, kernel)
+    phi_q, slope_q = _features(q, omega, kernel)
     total = phi_k.sum(dim=1, keepdim=True)  # (h, 1, m)
     d_sum = grad / norm  # of phi_q @ state
     d_norm = -(d_sum * out).sum(dim=-1, keepdim=True)  # (h, N, 1)
@@ -288,6 +300,6 @@ def _mix_backward(
     dv = torch.bmm(phi_k, d_state)
     d_phi_q = torch.baddbmm(d_norm * total, d_sum, state.transpose(1, 2))
     d_phi_k = torch.baddbmm(d_total, v.to(omega.dtype), d_state.transpose(1, 2))
-    dq = positive_slope(d_phi_q, slope_q, kernel) @ omega
-    dk = positive_slope(d_phi_k, slope_k, kernel) @ omega
+    dq = _slope(d_phi_q, slope_q, kernel) @ omega
+    dk = _slope(d_phi_k, slope_k, kernel) @ omega
     return dq, dk, dv
