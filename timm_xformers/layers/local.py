@@ -32,8 +32,8 @@ from timm_xformers.layers.windows import (
 
 __all__ = ["Local1dAttention", "Local2dAttention", "local_attention"]
 
-# Numbers of queries, keys and values that are cut at once for each thread, eight windows of 8 x 8 in
-# four heads of 32. Between half and twice as many are about as fast; all at once is slower.
+# Numbers of queries, keys and values cut at once for each thread: eight windows of 8 x 8 tokens in
+# four heads of 32. Half as many are about as fast; all at once is slower.
 PIECE = 3 << 16
 
 
