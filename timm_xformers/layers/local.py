@@ -138,12 +138,9 @@ def _in_pieces(joint: Tensor, rows: list[Run], cols: list[Run], dropout_p: float
     most = PIECE * torch.get_num_threads() // (heads * D)
     cut = pieces(joint, rows, cols, most)
     for block, place in zip(cut, pieces(out, rows, cols, most), strict=True):
-        # Nothing is kept by a name: its memory, still in the cache, is the next piece's.
-        place.copy_(
-            attend(*as_tokens(block).chunk(3, dim=1), None, dropout_p)
-            .transpose(1, 2)
-            .reshape(place.shape)
-        )
+        q, k, v = as_tokens(block).chunk(3, dim=1)
+        place.copy_(attend(q, k, v, None, dropout_p).transpose(1, 2).reshape(place.shape))
+        del q, k, v  # their memory, still in the cache, is the next piece's
     return out
 
 
