@@ -117,9 +117,9 @@ def test_every_figure_of_the_table_of_results_comes_from_a_record():
     wanted = set()
     results = ROOT / "results"
     loaded = {  # weights of the package, by run
-        (name.partition(".")[0], test["recipe_hash"]): test["test_top1_percent"]
-        for name in read_manifest()
-        for test in [json.loads((results / "weights" / f"{name}.json").read_text("utf-8"))]
+        (entry.model, entry.recipe_hash): test["test_top1_percent"]
+        for entry in read_manifest().values()
+        for test in [json.loads((results / "weights" / f"{entry.card}.json").read_text("utf-8"))]
     }
     for path in sorted(results.glob("*.jsonl")):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -135,7 +135,12 @@ def test_every_figure_of_the_table_of_results_comes_from_a_record():
             if len(runs) > 1:
                 figure += f" ± {statistics.stdev(runs):.2f}"
             wanted.add((f"`{model}`", path.stem, figure, str(len(runs))))
-    rows = cells(block("docs/results.md", "results"))
+    rows = cells(block("docs/records.md", "results"))
     shown = [(row[0], row[1].partition(":")[0], row[5], row[6]) for row in rows]
     assert len(shown) > 0
     assert sorted(shown) == sorted(wanted)
+    best = cells(block("docs/results.md", "best"))
+    tops = {}
+    for row in wanted:
+        tops[row[1]] = max(tops.get(row[1], 0.0), float(row[2].split()[0]))
+    assert {row[0].partition(":")[0]: float(row[3].split()[0]) for row in best} == tops

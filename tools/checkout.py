@@ -51,8 +51,13 @@ class Checkout:
 
     @property
     def results_page(self) -> Path:
-        """Holds all results."""
+        """Holds the best result of each data set."""
         return self.root / "docs" / "results.md"
+
+    @property
+    def records_page(self) -> Path:
+        """Holds all results."""
+        return self.root / "docs" / "records.md"
 
     @property
     def speed_page(self) -> Path:

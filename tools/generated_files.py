@@ -18,14 +18,14 @@ from timm_xformers.studies.running.page import page_files
 from timm_xformers.weights import Weights, read_manifest
 from tools.checkout import Checkout
 from tools.readme_table import readme_table
-from tools.result_tables import results_table, source_sentence
+from tools.result_tables import best_table, results_table, source_sentence
 from tools.retrofit_page import read_evidence, retrofit_tables
 from tools.speed_page import speed_blocks
 
 __all__ = ["package_cards", "stale_files", "write_generated"]
 
 BLOCK = re.compile(
-    r"(<!-- (results|readme|retrofit \w+|speed \w+) -->\n).*?(?=<!-- /\2 -->)", flags=re.DOTALL
+    r"(<!-- (results|best|readme|retrofit \w+|speed \w+) -->\n).*?(?=<!-- /\2 -->)", flags=re.DOTALL
 )
 # The table of models, below the command that prints it.
 MODELS = re.compile(
@@ -51,11 +51,12 @@ def write_generated(checkout: Checkout) -> None:
 def _pages(checkout: Checkout) -> dict[Path, str]:
     """Pages with tables from records, as they should be."""
     tables = {"readme": readme_table(checkout), "results": results_table(checkout)}
+    tables["best"] = best_table(checkout)
     tables |= {
         f"retrofit {folder.name}": "\n".join(["", *retrofit_tables(read_evidence(folder)), "", ""])
         for folder in checkout.retrofits()
     }
-    pages = [checkout.readme, checkout.results_page]
+    pages = [checkout.readme, checkout.results_page, checkout.records_page]
     if checkout.retrofits():
         pages.append(checkout.retrofit_page)
     if checkout.speed_page.is_file():

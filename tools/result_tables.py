@@ -1,4 +1,4 @@
-"""The table of results, from records.
+"""The tables of results, from records: every row, and the best of each data set.
 
 A row of one run whose weights are in the package has the figure of these weights, rounded and as
 they load, since that is what a reader can measure again; every other row that of its runs.
@@ -20,12 +20,13 @@ from timm_xformers.records.results_json import Record
 from timm_xformers.weights import read_manifest
 from tools.checkout import Checkout
 
-__all__ = ["results_table", "source_sentence"]
+__all__ = ["best_table", "results_table", "source_sentence"]
 
 HEADINGS = (
     *("model", "data, what mixes", "parameters", "command", "seconds of training"),
-    *("test top-1 %", "seeds", "published"),
+    *("test top-1 %", "seeds", "published", "its budget"),
 )
+BEST = ("data, what mixes", "model", "parameters", *HEADINGS[5:])
 DATA_ORDER = ("digits", "mnist", "cifar10", "cifar100")
 # What makers add to a processor's name.
 NOISE = re.compile(r"\((?:R|TM)\)| (?:Processor|CPU)\b.*| \d+-Core.*")
@@ -33,12 +34,27 @@ NOISE = re.compile(r"\((?:R|TM)\)| (?:Processor|CPU)\b.*| \d+-Core.*")
 
 def results_table(checkout: Checkout) -> str:
     """Rows of runs that differ in seed only, by data set and in the order of the records."""
+    rows = [row for rows in _rows(checkout).values() for row in rows]
+    return "\n".join(markdown_table(HEADINGS, rows, "l")) + "\n"
+
+
+def best_table(checkout: Checkout) -> str:
+    """Of each data set the row with the highest accuracy, in fewer columns."""
+    at = HEADINGS.index("test top-1 %")
+    every = _rows(checkout).values()
+    best = [max(rows, key=lambda row: float(row[at].split()[0])) for rows in every]
+    rows = [[row[HEADINGS.index(head)] for head in BEST] for row in best]
+    return "\n".join(markdown_table(BEST, rows, "l")) + "\n"
+
+
+def _rows(checkout: Checkout) -> dict[str, list[tuple[str, ...]]]:
+    """Cells of `HEADINGS` by data set."""
     notes = checkout.load_notes()
     cards = {
         (entry.model, entry.tag, entry.recipe_hash): entry.card
         for entry in read_manifest(checkout.weights).values()
     }
-    rows: list[tuple[str, ...]] = []
+    rows: dict[str, list[tuple[str, ...]]] = {}
     by_data = checkout.training_records()
     for data in sorted(by_data, key=lambda name: (*DATA_ORDER, name).index(name)):
         groups: dict[tuple[str, str], list[Record]] = {}
@@ -46,14 +62,14 @@ def results_table(checkout: Checkout) -> str:
             groups.setdefault((record.model, str(record.recipe_hash)), []).append(record)
         for (model, recipe_hash), runs in groups.items():
             card = cards.get((model, data, recipe_hash))
-            rows.append(_row(data, runs, card, notes, checkout))
-    return "\n".join(markdown_table(HEADINGS, rows, "l")) + "\n"
+            rows.setdefault(data, []).append(_row(data, runs, card, notes, checkout))
+    return rows
 
 
 def source_sentence(notes: dict[str, Any], model: str, data: str) -> str:
     """A published figure to compare with; empty if nobody published one."""
-    found = _published(notes, model, data)
-    return f"Published for such a model on {data}: {found}." if found != "-" else ""
+    found, budget = _published(notes, model, data)
+    return f"Published for such a model on {data}: {found}; {budget}." if found != "-" else ""
 
 
 def _row(
@@ -84,7 +100,7 @@ def _row(
         f"{statistics.median(run.seconds for run in runs):,.0f} on {_processor(first)}",
         figure,
         f"{len(tested)}",
-        _published(notes, first.model, data),
+        *_published(notes, first.model, data),
     )
 
 
@@ -95,9 +111,13 @@ def _processor(record: Record) -> str:
     return f"{hardware['threads']} × {NOISE.sub('', hardware['cpu']).strip()}"
 
 
-def _published(notes: dict[str, Any], model: str, data: str) -> str:
+def _published(notes: dict[str, Any], model: str, data: str) -> tuple[str, str]:
+    """A figure of others with what it is of, and its budget."""
     found = notes["published"].get(data, {}).get(model)
-    return "-" if found is None else f"{found['percent']:.2f} ({found['what']})"
+    if found is None:
+        return "-", "-"
+    source = found["source"]
+    return f"{found['percent']:.2f} ({found['what']}, {source})", notes["budgets"][source]
 
 
 def _command(record: Record, notes: dict[str, Any], checkout: Checkout) -> str:

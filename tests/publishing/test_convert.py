@@ -27,8 +27,8 @@ from tools.package_weights import add_to_package
 
 NAME = "vix_mnist_nano.digits"
 README = "# A\n<!-- readme -->\n<!-- /readme -->\nB\n"
-PAGE = README.replace("readme", "results")
-NOTES = "mixes: {vix_mnist_nano: tiny patches}\ncommands: {}\npublished: {}\n"
+RECORDS, PAGE = README.replace("readme", "results"), README.replace("readme", "best")
+NOTES = "mixes: {vix_mnist_nano: tiny patches}\ncommands: {}\npublished: {}\nbudgets: {}\n"
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def checkout(tmp_path) -> Checkout:
     made.readme.write_text(README)
     made.results_page.parent.mkdir()
     made.results_page.write_text(PAGE)
+    made.records_page.write_text(RECORDS)
     (made.root / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n")
     return made
 
@@ -125,7 +126,7 @@ def test_adding_writes_everything_that_belongs_to_it(finished_run, checkout):
     assert f"| `vix_mnist_nano` | exact | {entry.test_top1_percent:.2f} (" in (
         checkout.readme.read_text()
     )
-    row = next(line for line in checkout.results_page.read_text().splitlines() if "nano" in line)
+    row = next(line for line in checkout.records_page.read_text().splitlines() if "nano" in line)
     assert f"{entry.test_top1_percent:.2f} | 1 | - |" in row  # as they load
     assert f"[weights](../model_cards/{NAME}.md)" in row
     assert f"--recipe results/recipes/vix_mnist_nano.digits.{entry.recipe_hash}.yaml" in row
@@ -243,7 +244,9 @@ def test_stale_files_are_noticed(finished_run, checkout):
     checkout.card("old").write_text("of weights that are gone\n")
     checkout.readme.write_text(README)
     checkout.results_page.write_text(PAGE)
-    wanted = ["model_cards/old.md", f"model_cards/{NAME}.md", "README.md", "docs/results.md"]
+    checkout.records_page.write_text(RECORDS)
+    wanted = ["model_cards/old.md", f"model_cards/{NAME}.md", "README.md"]
+    wanted += ["docs/records.md", "docs/results.md"]
     assert sorted(stale_files(checkout)) == sorted(wanted)
     checkout.card("old").unlink()
     write_generated(checkout)
