@@ -241,7 +241,7 @@ def test_the_form_for_a_gpu_differs_in_budget_alone(folder):
 
 def test_study_1_is_the_one_that_was_frozen():
     study = load_study(ROOT / "results" / "study1" / "study.yaml")
-    assert study.runs[0].key == ("38455cec0242c774", 0)
+    assert study.runs[0].key == ("a1ac7808c3c50d63", 0)
     assert len(study.runs) == 45
 
 

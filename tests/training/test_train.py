@@ -110,7 +110,7 @@ def test_evaluation_repeats_the_figures_of_training(tiny):
         again = dataclasses.asdict(evaluate(recipe, split))
         before = dataclasses.asdict(record)
         fields = [name for name in again if name.startswith(f"{split}_")]
-        assert len(fields) == 10  # five of them empty: no teacher, and one class an image
+        assert len(fields) == 11  # six of them empty: no teacher, and one class an image
         assert {name: again[name] for name in fields} == {name: before[name] for name in fields}
 
 
