@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_xformers.benchmarking.settings import BASELINE, PRESETS, Settings
+from timm_xformers.benchmarking.settings import BASELINE, CONTENDERS, PRESETS, UNFUSED, Settings
 from timm_xformers.errors import UsageError, UserError, nearest
 from timm_xformers.files.atomic import write_text
 from tools.checkout import this_checkout
@@ -37,14 +37,7 @@ from tools.speed_tables import (
 
 __all__ = ["PARTS", "main", "measure_part", "speed_blocks"]
 
-MECHANISMS = (
-    "performer_relu_m64",
-    "performer_softmax_m32",
-    "nystrom_l64_conv33",
-    "linformer_k256",
-    "local1d_w256",
-    "local2d_w8_shifted",
-)
+MECHANISMS = tuple(name for name in CONTENDERS if name != UNFUSED)
 BOTH = {"allocators": ("default", "tuned"), "memory": False}
 # Part of the page -> settings of its benchmarks, the most wanted first. All take some 27 minutes of
 # a quiet core with AVX2: 7, 7, 6, 1, 4 and 3.
