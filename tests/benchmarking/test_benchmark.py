@@ -457,6 +457,34 @@ def test_tiny_case_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert len(again["rows"]) == 8
 
 
+@pytest.mark.parametrize(("unsteady", "void"), [(1, False), (2, False), (9, True)])
+def test_void_points_are_measured_again_and_no_others(tmp_path, monkeypatch, unsteady, void):
+    settings = {"contenders": ("performer_relu_m64",), "tokens": (64, 128), "peers": False}
+    settings |= {"passes": ("forward",), "memory": False, "output": tmp_path / "done"}
+    calls = []
+
+    def measured(self, kind, work):
+        for point, contenders in work:
+            calls.append(point.size)
+            disturbed = point.size == 64 and calls.count(64) <= unsteady
+            exact = [1.0, 1.0, 2.0, 2.0] if disturbed else [1.0] * 4
+            seconds = {c.label: {"cpu": exact, "wall": [1.0, 1.0, 2.0, 2.0]} for c in contenders}
+            yield {
+                "point": dataclasses.asdict(point),
+                "seconds": seconds,
+                "left_out": {},
+                "params": dict.fromkeys(seconds, 1),
+                "compile_seconds": {},
+            }
+
+    monkeypatch.setattr(Benchmark, "_measure", measured)
+    benchmark = Benchmark(Settings(**settings))
+    benchmark.run()
+    assert calls == [64, 128] + [64] * min(unsteady, 2)
+    by_clock = [(row.size, row.void) for row in benchmark.rows if row.clock == "cpu"]
+    assert by_clock == [(64, void), (64, void), (128, False), (128, False)]
+
+
 @pytest.mark.slow
 def test_models_with_memory_and_peers_from_the_command_line(tmp_path, capsys):
     command = (

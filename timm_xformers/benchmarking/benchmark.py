@@ -20,7 +20,7 @@ import torch
 
 import timm_xformers
 from timm_xformers.benchmarking.cases import baseline_of, check, contenders_of, points_of
-from timm_xformers.benchmarking.compare import Row, Summary, rows_of
+from timm_xformers.benchmarking.compare import Row, Summary, main_clock, rows_of
 from timm_xformers.benchmarking.layers import build_sized
 from timm_xformers.benchmarking.peers import PEERS, installed
 from timm_xformers.benchmarking.plots import plot_benchmark
@@ -36,6 +36,8 @@ from timm_xformers.training.devices import MALLOC_OPTIONS, emulation_note
 __all__ = ["Benchmark", "measure"]
 
 WORKER = "timm_xformers.benchmarking.worker"
+# How often a point is measured again as long as its baseline was not steady.
+VOID_REPEATS = 2
 # Read by glibc when a process starts; names of mallopt's options are in malloc.h.
 MALLOC_NAMES = {-3: "MALLOC_MMAP_THRESHOLD_", -1: "MALLOC_TRIM_THRESHOLD_", -2: "MALLOC_TOP_PAD_"}
 
@@ -78,17 +80,9 @@ class Benchmark:
         note = emulation_note(precision, torch.device(self.settings.device or "cpu"))
         if note is not None:
             self._say(note)
-        done = len({row.point for row in self.rows})
-        for number, (point, found) in enumerate(self._timings(), start=done + 1):
-            rows = rows_of(point, self.contenders, found, self.baseline.label, self._tokens(point))
-            self._note(found["left_out"], self._tokens(point))
-            self.rows += rows
-            self._write()
-            void = ", void: the baseline was not steady" if rows[0].void else ""
-            self._say(
-                f"time {number}/{len(self.points)}: {describe(point)}, "
-                f"{rows[0].seconds.count} rounds of {len(found['seconds'])}{void}"
-            )
+        self._time([point for point in self.points if point not in self._timed()])
+        for _ in range(VOID_REPEATS):
+            self._time([point for point in self.points if self._timed()[point]])
         if self.settings.memory:
             self._measure_memory()
         plot_benchmark(self.settings.output, self.rows, self.baseline)
@@ -116,16 +110,29 @@ class Benchmark:
             ) from None
         sweep(self.settings.output)
 
-    def _timings(self) -> Iterator[tuple[Point, dict[str, Any]]]:
-        known = {row.point for row in self.rows}
-        work = [(point, self.contenders) for point in self.points if point not in known]
-        for found in self._measure("time", work):
+    def _timed(self) -> dict[Point, bool]:
+        """The points that have rows, and whether those are void by the clock that counts."""
+        return {row.point: row.void for row in self.rows if row.clock == main_clock(row.point)}
+
+    def _time(self, points: Sequence[Point]) -> None:
+        """Measure these points; what was known of them is replaced, one by one."""
+        for found in self._measure("time", [(point, self.contenders) for point in points]):
             if self.baseline.label in found["left_out"]:
                 raise UserError(
                     f"{self.baseline.label}, with which everything is compared, failed: "
                     f"{found['left_out'][self.baseline.label]}; use a smaller case."
                 )
-            yield Point(**found["point"]), found
+            point = Point(**found["point"])
+            rows = rows_of(point, self.contenders, found, self.baseline.label, self._tokens(point))
+            self._note(found["left_out"], self._tokens(point))
+            others = [row for row in self.rows if row.point != point]
+            self.rows = sorted([*others, *rows], key=lambda row: self.points.index(row.point))
+            self._write()
+            void = ", void: the baseline was not steady" if self._timed()[point] else ""
+            self._say(
+                f"time {self.points.index(point) + 1}/{len(self.points)}: {describe(point)}, "
+                f"{rows[0].seconds.count} rounds of {len(found['seconds'])}{void}"
+            )
 
     def _measure_memory(self) -> None:
         settings = self.settings

@@ -27,7 +27,7 @@ Cells: speed-up over the baseline, `{baseline}`, whose row has milliseconds. *fr
 which a contender is as fast as the baseline, between two lengths by interpolation. *growth*: e in \
 time or memory ~ tokens^e, fitted from 1,024 tokens up, where the contender was itself steady. \
 *× peer*: speed-up over the fastest other package's form, by length. *void*: the baseline's \
-quartiles were further than 10 % from its median, so that none of it counts.
+quartiles were further than 10 % from its median, so that none of it counts, measured again twice.
 """
 MEMORY = """\
 Peak memory of the steps, MiB over what was held before; the first 10 to 20 of a CPU are mostly \
