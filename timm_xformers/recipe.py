@@ -6,31 +6,27 @@ a mistake in a recipe is reported at once. ``timm-xformers recipe`` prints what 
 
 # ruff: noqa: RUF009  (fields made by a function of ours)
 
-import copy
 import dataclasses
 import functools
 import hashlib
 import importlib.resources
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from timm_xformers.errors import UsageError, nearest
 from timm_xformers.files.atomic import write_text
+from timm_xformers.files.yaml_text import dump_yaml, parse_yaml
 
 __all__ = [
     "NO_INFLUENCE",
     "NO_LABELS",
     "Recipe",
     "allowed",
-    "dump_yaml",
     "find_settings",
     "load_recipe",
     "override",
@@ -60,9 +56,9 @@ CAME_LATER: dict[str, Any] = {
     "align_epochs": 0,
     "teacher_loss": {},
 }
-# Terms of the loss against a teacher, and their weights where `teacher_loss` does not say others.
 # The value of ``labels`` for images without any.
 NO_LABELS = "none"
+# Terms of the loss against a teacher, and their weights where `teacher_loss` does not say others.
 TEACHER_TERMS = {"features": 1.0, "logits": 1.0, "labels": 0.0}
 # Arguments of timm.create_model that settings of their own decide, or that no recipe may set.
 NOT_MODEL_KWARGS = (
@@ -725,70 +721,6 @@ def _shorten(values: dict[str, Any], before: Any, after: Any) -> None:
         pass
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of version 1.2, where 1e-3 is one, 010 is ten and 1:30 is text.
-
-    Dates are text too; aliases, by which a small file can hold a billion values, and keys given
-    twice are refused.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not read", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                mark = node.start_mark
-                raise yaml.MarkedYAMLError(None, None, f"{key!r} is given twice", mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number."""
-
-
-_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
-_OURS = "tag:yaml.org,2002:"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in pairs if tag[len(_OURS) :] in ("bool", "null")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(f"{_OURS}int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        f"{_OURS}float", re.compile(f"({_NUMBER.pattern})$"), list("-+.0123456789")
-    )
-_Loader.add_constructor(f"{_OURS}int", lambda loader, node: int(node.value))
-
-
-@functools.lru_cache
-def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def _read_yaml(text: str, whence: str) -> Any:
-    try:
-        return copy.deepcopy(_parse(text))
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise UsageError(f"{whence} is not YAML that can be read: {detail[:200]}") from error
-    except (ValueError, RecursionError, OverflowError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"{whence} is not YAML that can be read: {type(error).__name__}, a value is too long, "
-            "too deep or malformed."
-        ) from error
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    """Settings as YAML that is read back as the same values."""
-    text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text
-
-
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """Turn ``key=value`` texts into overrides; values are YAML."""
     values: dict[str, Any] = {}
@@ -798,7 +730,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(
                 f"--set {_short(text)} is not of the form key=value, such as lr=0.001."
             )
-        values[key] = _read_yaml(value, f"--set {_short(text)}")
+        values[key] = parse_yaml(value, f"--set {_short(text)}")
     return values
 
 
@@ -852,7 +784,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a YAML file: {error}") from error
-    values = _read_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no settings; write lines 'key: value'.")
     return values

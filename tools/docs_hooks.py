@@ -53,7 +53,8 @@ def _recipes() -> str:
 def _settings() -> str:
     """Each setting with its meaning, what it takes, and its default."""
     sys.path.insert(0, str(ROOT))  # the site builds without the package's dependencies
-    from timm_xformers.recipe import Recipe, allowed, dump_yaml
+    from timm_xformers.files.yaml_text import dump_yaml
+    from timm_xformers.recipe import Recipe, allowed
 
     rows = ["| setting | meaning | takes | default |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(Recipe):

@@ -6,7 +6,8 @@ import textwrap
 import typing
 
 from timm_xformers.errors import UsageError, nearest
-from timm_xformers.recipe import Recipe, allowed, dump_yaml, load_recipe, shipped_recipes
+from timm_xformers.files.yaml_text import dump_yaml
+from timm_xformers.recipe import Recipe, allowed, load_recipe, shipped_recipes
 
 HELP = "list recipes, or explain a recipe or a setting"
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from timm_xformers.recipe import Recipe, dump_yaml
+from timm_xformers.files.yaml_text import dump_yaml
+from timm_xformers.recipe import Recipe
 from timm_xformers.training.devices import emulation_note
 from timm_xformers.training.loop import EpochSums
 from timm_xformers.training.session import Session, open_session
