@@ -15,7 +15,7 @@ import pytest
 
 from timm_xformers import cli
 from timm_xformers.benchmarking.settings import BASELINE
-from timm_xformers.recipe import load_recipe
+from timm_xformers.studies.running.definition import load_study
 from timm_xformers.weights import read_manifest
 from tools.checkout import this_checkout
 from tools.readme_table import LAYERS, draw_tokens, readme_table
@@ -65,30 +65,24 @@ def test_claims_that_were_found_false_stay_out(claim, why):
         assert claim not in " ".join(text.split()), f"{name}: {why}"
 
 
-def test_readme_table_is_one_recipe_with_exact_attention_first():
+def test_readme_table_is_one_study_with_exact_attention_first():
     rows = cells(block("README.md", "readme"))
     assert 3 <= len(rows) <= 7
-    assert "exact" in rows[0][1]
+    assert rows[0][0] == "exact"
     wanted = this_checkout().load_notes()["readme"]
-    recipes = [load_recipe(wanted["recipe"], {"model": model}) for model in wanted["rows"]]
-    assert [recipe.digest for recipe in recipes] == [*wanted["rows"].values()]
-    assert {recipe.data for recipe in recipes} == {wanted["data"]}
+    study = load_study(ROOT / wanted["study"] / "study.yaml")
+    assert next(iter(wanted["arms"])) == study.baseline
     assert block("README.md", "readme") == readme_table(this_checkout())
 
 
 def test_readme_table_has_the_figures_of_the_records():
-    for model, _, accuracy, seeds, *_ in cells(block("README.md", "readme")):
-        tested = [
-            record.test_top1_percent
-            for record in this_checkout().training_records()["digits"]
-            if f"`{record.model}`" == model and record.recipe_hash in wanted_hashes()
-        ]
+    wanted = this_checkout().load_notes()["readme"]
+    rows = cells(block("README.md", "readme"))
+    for arm, (_, accuracy, seeds, *_) in zip(wanted["arms"], rows, strict=True):
+        paths = (ROOT / wanted["study"] / "records").glob(f"{arm}-s*/results.json")
+        tested = [json.loads(path.read_text())["test_top1_percent"] for path in paths]
         assert len(tested) == int(seeds)
-        assert abs(float(accuracy.split()[0]) - statistics.mean(tested)) < 0.4  # float16 weights
-
-
-def wanted_hashes():
-    return {*this_checkout().load_notes()["readme"]["rows"].values()}
+        assert float(accuracy.split()[0]) == pytest.approx(statistics.mean(tested), abs=0.006)
 
 
 def test_picture_can_be_drawn_again(tmp_path):

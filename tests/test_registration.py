@@ -24,9 +24,10 @@ import hatchling.build
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from timm.models import save_for_hf
 
-from timm_xformers.replace import replace_attention
+from timm_xformers.replace import replace_attention, replacement_of
 from timm_xformers.weights import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -407,11 +408,13 @@ def test_weights_load_without_network_where_only_timm_is_imported(forks):
 
 
 def test_replaced_model_loads_where_only_timm_is_imported(forks, tmp_path):
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2
-    ).eval()
+    name, size = "vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 32}
+    model = timm.create_model(name, **size, num_heads=2).eval()
     replace_attention(model, {"1": {"name": "performer_softmax_m16", "num_features": 12}})
-    save_for_hf(model, tmp_path)
+    told = None
+    if Version(timm.__version__) < Version("1.0.31"):  # writes no argument that it is not told
+        told = {**size, "num_heads": 2, "architecture": name, "replacement": replacement_of(model)}
+    save_for_hf(model, tmp_path, model_args=told)
     output = forks.run(f"""
         import timm, torch
         model = timm.create_model('local-dir:{tmp_path}', pretrained=True).eval()

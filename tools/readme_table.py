@@ -3,21 +3,24 @@
     python -m tools.readme_table
 
 draws docs/speed/tokens.png from docs/speed/readme; the table is written with the other generated
-files (`tools.write_cards`). notes.yaml beside the records says which runs it shows, and which
-folder of `tools.speed_page` their costs come from.
+files (`tools.write_cards`). notes.yaml beside the records says which arms of which study it shows.
 """
 
-import statistics
 import sys
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from timm_xformers.files.figures import COLOURS, MARKERS, new_figure, save
-from timm_xformers.files.tables import markdown_table
-from timm_xformers.records.results_json import Record
-from timm_xformers.weights import read_manifest
+from timm_xformers.files.tables import column_table, figure
+from timm_xformers.studies.comparing.groups import interval_text, mean_text
+from timm_xformers.studies.running.costs import read_costs
+from timm_xformers.studies.running.definition import load_study
+from timm_xformers.studies.running.folder import StudyFolder
+from timm_xformers.studies.running.page import Row, study_rows
 from tools.checkout import Checkout, this_checkout
-from tools.speed_tables import Part, read_part
+from tools.speed_tables import read_part
 
 __all__ = ["draw_tokens", "readme_table"]
 
@@ -34,81 +37,54 @@ LAYERS = {
 
 
 def readme_table(checkout: Checkout) -> str:
-    """Rows as notes.yaml lists them, with what one line below the table has to say; "" for none."""
+    """The arms of a study that notes.yaml names, with what has to be said of them; "" for none."""
     wanted = checkout.load_notes().get("readme")
     if wanted is None:
         return ""
-    part = read_part(checkout.root / wanted["costs"]) if "costs" in wanted else Part([], [])
-    costs = _costs(part)
-    cards = {
-        (entry.model, entry.tag, entry.recipe_hash): entry.card
-        for entry in read_manifest(checkout.weights).values()
+    root = checkout.root / wanted["study"]
+    study = load_study(root / "study.yaml")
+    rows = {row.arm: row for row in study_rows(study, root)}
+    columns: dict[str, Callable[[str], str]] = {
+        "attention": wanted["arms"].get,
+        f"{study.metric} top-1 %": lambda arm: _accuracy(rows[arm]),
+        "seeds": lambda arm: str(len(rows[arm].group.runs) if rows[arm].group else 0),
+        "parameters": lambda arm: figure(rows[arm].costs.get("params"), 0),
+        "processor s": lambda arm: figure(rows[arm].costs.get("cpu_seconds"), 0),
+        "images/s": lambda arm: _speed(rows[arm], rows[study.baseline]),
+        "MiB": lambda arm: figure(rows[arm].costs.get("peak_mib"), 0),
     }
-    rows, records = [], []
-    for model, recipe_hash in wanted["rows"].items():
-        runs = [
-            record
-            for record in checkout.training_records()[wanted["data"]]
-            if (record.model, record.recipe_hash) == (model, recipe_hash)
-        ]
-        card = cards.get((model, wanted["data"], recipe_hash))
-        if card and len(runs) == 1:  # as the packaged weights load, which a reader can repeat
-            runs = [checkout.load_float16_record(card)]
-        records += runs
-        cost = costs.get(model, {})
-        rows.append(
-            (
-                f"`{model}`",
-                wanted["mixes"][model],
-                _accuracy(runs),
-                str(len(runs)),
-                f"{float(cost['per_second']):.3g}" if cost else "",
-                f"{float(cost['peak_mib']):.0f}" if cost else "",
-            )
-        )
-    heads = ("model", "attention", "test top-1 %", "seeds", "images/s", "MiB")
-    lines = markdown_table(heads, rows, "llrrrr")
-    return "\n".join([*lines, "", *_caption(wanted, records, part), ""])
+    lines = column_table(columns, list(wanted["arms"]), "lr")
+    words = " ".join([wanted["conditions"].strip(), *_costs(read_costs(StudyFolder(root), study))])
+    done = sum(len(row.group.runs) for row in rows.values() if row.group)
+    if done < len(study.runs):
+        words += f" Not complete: {done} of {len(study.runs)} runs are finished."
+    return "\n".join([*lines, "", *textwrap.wrap(words, 120), ""])
 
 
-def _accuracy(runs: list[Record]) -> str:
-    """Mean ± standard deviation; one run has its own interval instead."""
-    tested = [run.test_top1_percent for run in runs if run.test_top1_percent is not None]
-    if len(tested) > 1:
-        return f"{statistics.mean(tested):.2f} ± {statistics.stdev(tested):.2f}"
-    low, high = runs[0].test_top1_interval_percent or (0.0, 0.0)
-    return f"{tested[0]:.2f} ({low:.1f} to {high:.1f})"
+def _accuracy(row: Row) -> str:
+    """Mean ± standard deviation; a single run has its own interval instead."""
+    found = row.group.score("test") if row.group else None
+    single = found is not None and found.deviation is None
+    return mean_text(found) + (f" ({interval_text(found)})" if single else "")
 
 
-def _caption(wanted: dict[str, Any], records: list[Record], part: Part) -> list[str]:
-    counts = {(record.model, record.recipe_hash) for record in records}
-    single = len(records) == len(counts)
-    spread = (
-        "One seed each, so the intervals in brackets are those of the test images alone (95 %)."
-        if single
-        else "± is the standard deviation over seeds (n − 1)."
-    )
-    images = records[0].test_images
-    conditions = str(wanted["conditions"]).strip()
-    if part.origins:
-        hardware, versions = (part.origins[0][key] for key in ("hardware", "versions"))
-        conditions = conditions.format(cpu=hardware["cpu"], torch=versions["torch"])
+def _speed(row: Row, baseline: Row) -> str:
+    """Images a second of a training step, where the machine was quiet for it and the baseline."""
+    steady = row.costs.get("train_steady") and baseline.costs.get("train_steady")
+    return figure(row.costs["train_img_s"], 0) if steady else ""
+
+
+def _costs(costs: Mapping[str, Any]) -> list[str]:
+    """What images/s and MiB are of."""
+    if not costs:
+        return ["Speed and memory have not been measured yet."]
+    (entry,) = costs["data"].values()
+    thread = "thread" if costs["threads"] == 1 else "threads"
     return [
-        f"Data set {wanted['data']}, {images:,} test images, one recipe (`{wanted['recipe']}`).",
-        spread,
-        *conditions.splitlines(),
+        f"Speed (images/s, left out where the machine was not quiet) and memory (MiB) are those of "
+        f"a training step of {entry['batch_size']} images, {entry['dtype']}, {costs['threads']} "
+        f"{thread} of {costs['hardware']['cpu']}, torch {costs['versions']['torch']}."
     ]
-
-
-def _costs(part: Part) -> dict[str, dict[str, Any]]:
-    """Steady training steps of our models, with the allocator as `timm-xformers train` has it."""
-    wanted = ("", "train", "tuned", "False")
-    names = ("package", "pass", "allocator", "void")
-    return {
-        line["contender"]: dict(line)
-        for line in part.lines
-        if tuple(line[name] for name in names) == wanted
-    }
 
 
 def draw_tokens(folder: Path) -> Path:

@@ -116,16 +116,6 @@ def test_adding_writes_everything_that_belongs_to_it(finished_run, checkout):
 
     assert checkout.load_recipe(entry.recipe_hash).digest == entry.recipe_hash
     assert "output" not in yaml.safe_load(checkout.stored_recipe(entry.recipe_hash).read_text())
-    # The README shows what the notes list.
-    assert checkout.readme.read_text() == README
-    rows = f"rows: {{vix_mnist_nano: {entry.recipe_hash}}}, mixes: {{vix_mnist_nano: exact}}"
-    listed = f"readme: {{data: digits, recipe: digits, {rows}, conditions: On a CPU.}}\n"
-    checkout.notes.write_text(NOTES + listed)
-    assert stale_files(checkout) == ["README.md"]
-    write_generated(checkout)
-    assert f"| `vix_mnist_nano` | exact | {entry.test_top1_percent:.2f} (" in (
-        checkout.readme.read_text()
-    )
     row = next(line for line in checkout.records_page.read_text().splitlines() if "nano" in line)
     assert f"{entry.test_top1_percent:.2f} | 1 | - |" in row  # as they load
     assert f"[weights](../model_cards/{NAME}.md)" in row
@@ -235,17 +225,13 @@ def test_a_file_that_other_tags_load_is_not_replaced(finished_run, checkout):
 
 
 def test_stale_files_are_noticed(finished_run, checkout):
-    entry, _ = add_to_package(open_finished(finished_run), checkout)
-    rows = f"rows: {{vix_mnist_nano: {entry.recipe_hash}}}, mixes: {{vix_mnist_nano: exact}}"
-    listed = f"readme: {{data: digits, recipe: digits, {rows}, conditions: On a CPU.}}\n"
-    checkout.notes.write_text(NOTES + listed)
+    add_to_package(open_finished(finished_run), checkout)
     card = checkout.card(NAME)
     card.write_text(card.read_text() + "by hand\n")
     checkout.card("old").write_text("of weights that are gone\n")
-    checkout.readme.write_text(README)
     checkout.results_page.write_text(PAGE)
     checkout.records_page.write_text(RECORDS)
-    wanted = ["model_cards/old.md", f"model_cards/{NAME}.md", "README.md"]
+    wanted = ["model_cards/old.md", f"model_cards/{NAME}.md"]
     wanted += ["docs/records.md", "docs/results.md"]
     assert sorted(stale_files(checkout)) == sorted(wanted)
     checkout.card("old").unlink()

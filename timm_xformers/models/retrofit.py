@@ -48,7 +48,8 @@ def retrofit(
     if architecture is None or replacement is None:
         raise ValueError(
             'retrofit is another model with replaced attention, so it needs architecture="..." and '
-            'replacement={"mechanism": "..."}; the config.json of a saved one holds both.'
+            'replacement={"mechanism": "..."}; the config.json of a saved one holds both, but that '
+            "timm before 1.0.31 writes them only if save_for_hf is given them as model_args."
         )
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     config: Any = kwargs.pop("pretrained_cfg", None)

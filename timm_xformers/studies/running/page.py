@@ -10,6 +10,7 @@ from timm_xformers.errors import UsageError, UserError
 from timm_xformers.files.atomic import write_text
 from timm_xformers.files.tables import cell_text, column_table, csv_text, figure
 from timm_xformers.recipe import NO_INFLUENCE, Recipe
+from timm_xformers.records.find_runs import Run
 from timm_xformers.studies.comparing.groups import (
     METRICS,
     Estimate,
@@ -25,7 +26,7 @@ from timm_xformers.studies.running.costs import read_costs
 from timm_xformers.studies.running.definition import Study
 from timm_xformers.studies.running.folder import StudyFolder
 
-__all__ = ["page_files", "write_page"]
+__all__ = ["Row", "page_files", "study_rows", "write_page"]
 
 # Costs that pictures show: file, label of the axis, column of `Row.costs`.
 COSTS = (
@@ -84,6 +85,35 @@ def write_page(study: Study, root: Path, page: Path) -> list[str]:
     return content.others
 
 
+def study_rows(study: Study, root: Path) -> list[Row]:
+    """What the page's table holds: an arm on a data set each, in the order of the file."""
+    folder = StudyFolder(root)
+    return _rows(study, folder.finished(study)[0], read_costs(folder, study))
+
+
+def _rows(
+    study: Study, finished: Mapping[tuple[str, int], Run], costs: Mapping[str, Any]
+) -> list[Row]:
+    rows: list[Row] = []
+    for data in study.data:
+        measured = costs.get("data", {}).get(data, {}).get("arms", {})
+        groups: dict[str, Group | None] = {}
+        missing: dict[str, list[int]] = {}
+        for arm in study.arms:
+            runs = [run for run in study.runs if (run.arm, run.data) == (arm.name, data)]
+            found = tuple(finished[run.key] for run in runs if run.key in finished)
+            groups[arm.name] = Group(arm.name, found) if found else None
+            missing[arm.name] = [run.seed for run in runs if run.key not in finished]
+        reference = groups[study.baseline]
+        for name, group in groups.items():
+            gap = None
+            if group is not None and reference is not None and name != study.baseline:
+                gap = difference(group, reference, study.metric)
+            spent = _costs_of(group, measured.get(name, {}), measured.get(study.baseline, {}))
+            rows.append(Row(name, data, group, missing[name], gap, spent))
+    return rows
+
+
 def page_files(study: Study, root: Path, page: Path, base: Path) -> dict[Path, str]:
     """The page, whose paths start from ``base``, and its table as text, by file."""
     return _Page(study, root, page, base).files()
@@ -105,23 +135,7 @@ class _Page:
             Path(os.path.relpath(path, base)).as_posix() for path in (study.source, root, page)
         )
         self.costs = read_costs(folder, study)
-        self.rows: list[Row] = []
-        for data in study.data:
-            measured = self.costs.get("data", {}).get(data, {}).get("arms", {})
-            groups: dict[str, Group | None] = {}
-            missing: dict[str, list[int]] = {}
-            for arm in study.arms:
-                runs = [run for run in study.runs if (run.arm, run.data) == (arm.name, data)]
-                found = tuple(finished[run.key] for run in runs if run.key in finished)
-                groups[arm.name] = Group(arm.name, found) if found else None
-                missing[arm.name] = [run.seed for run in runs if run.key not in finished]
-            reference = groups[study.baseline]
-            for name, group in groups.items():
-                gap = None
-                if group is not None and reference is not None and name != study.baseline:
-                    gap = difference(group, reference, study.metric)
-                costs = _costs_of(group, measured.get(name, {}), measured.get(study.baseline, {}))
-                self.rows.append(Row(name, data, group, missing[name], gap, costs))
+        self.rows = _rows(study, finished, self.costs)
         self.groups = [row.group for row in self.rows if row.group is not None]
 
     def drawn_costs(self) -> dict[str, Cost]:
