@@ -217,6 +217,13 @@ def test_report_over_folders_and_files(tmp_path, drawn, capsys):
         assert f"({name})" in text
 
 
+def test_runs_of_one_epoch_have_no_curves(tmp_path, drawn):
+    run = write_run(tmp_path / "run", record(), val=(90.0,))
+    report([run], tmp_path / "out")
+    assert set(drawn) == {"accuracy_params.png", "accuracy_seconds.png", "accuracy_memory.png"}
+    assert "validation_curves" not in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_val_metric_and_stale_plots(tmp_path, drawn):
     entry = record(test_top1_percent=None, test_top1_interval_percent=None, test_images=None)
     run = write_run(tmp_path / "run", entry)

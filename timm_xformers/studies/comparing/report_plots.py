@@ -95,7 +95,9 @@ def _pictures(
     y_label = f"Validation {words} (%); band: lowest to highest seed"
     for file, (title, label, places) in CURVES.items():
         curves = {number: _curve(group, places) for number, group in enumerate(groups)}
-        points = {number: curve for number, curve in curves.items() if curve}
+        # Runs of one epoch have a point each and no curve.
+        is_curve = any(len(curve) > 1 for curve in curves.values())
+        points = {number: curve for number, curve in curves.items() if curve and is_curve}
         found[file] = _Picture(title, label, y_label, True, points)
     return {file: picture for file, picture in found.items() if picture.points}
 
