@@ -179,7 +179,8 @@ class _Page:
 
     def _protocol(self) -> list[str]:
         study, recipe = self.study, self.study.recipe
-        budget = f"{recipe.epochs} epochs, the same updates for all"
+        plural = "" if recipe.epochs == 1 else "s"
+        budget = f"{recipe.epochs} epoch{plural}, the same updates for all"
         if recipe.max_steps:
             budget = f"{recipe.max_steps:,} updates for each"
         if recipe.max_seconds:
